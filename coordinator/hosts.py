@@ -1,0 +1,379 @@
+"""The hosts that are attached: how they come, how they are watched, how they go.
+
+Rules of this file:
+  - Whether a process lives is decided by its pidfd and by nothing else. A connection that closes is no death.
+  - Leaving and dying are one path, `_retire`: the host entry becomes DEAD, names go, the device is reclaimed by native
+    code in a thread, frames are counted, the slot becomes free.
+  - The duplicate of a host's userfaultfd is what keeps its windows protected when the host loses its own. So
+    it is closed last: when the process is gone, or has left and closed the guard connection.
+  - An incarnation is the random token that the host registered with. So a repeated REGISTER is known even by a
+    coordinator that was started after the first one: the token is in the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+from dmrpc_cxl._native import LAYOUT, Device
+from dmrpc_cxl.errors import DmError, HostFenced, RemoteProtocolError
+
+from .connection import Connection
+from .frames import Frames
+from .ledger import HostAccount, Ledger
+from .messages import MsgType, Register, Registered, Rejoin, Status
+from .names import Names
+from .processes import Process
+from .refusals import Refused
+from .waits import Changes
+
+log = logging.getLogger(__name__)
+
+FREE: int = LAYOUT["HOST_FREE"]
+ACTIVE: int = LAYOUT["HOST_ACTIVE"]
+DEAD: int = LAYOUT["HOST_DEAD"]
+DRAINING: int = LAYOUT["HOST_DRAINING"]
+
+USERFAULTFD = "anon_inode:[userfaultfd]"
+
+
+class LiveHost:
+    """A host as long as this coordinator has to do with it."""
+
+    def __init__(self, account: HostAccount, process: Process | None) -> None:
+        """Begin with the process that is the host, None when it is gone."""
+        self.account = account
+        self.process = process
+        self.guard: Connection | None = None
+        self.guard_fd = -1
+        self.retirement: asyncio.Task[None] | None = None
+        self.not_asked_before = 0.0
+        self.owes_answer_until = 0.0
+
+    def __str__(self) -> str:
+        pid = f", pid {self.process.pid}" if self.process else ""
+        return f"host {self.account.host} ({self.account.name or 'no name'}{pid})"
+
+    def notify(self, kind: MsgType, body: Any = None) -> bool:
+        """Say something on the guard connection. False when there is none that can take it."""
+        return self.guard is not None and self.guard.notify(kind, body)
+
+    def drop_guard(self) -> None:
+        """Close the duplicate of the userfaultfd."""
+        if self.guard_fd >= 0:
+            os.close(self.guard_fd)
+            self.guard_fd = -1
+
+
+@dataclasses.dataclass
+class Reclaim:
+    """What became of one host that went."""
+
+    host: int
+    name: str
+    why: str
+    seconds: float
+    frames: int
+    report: dict[str, int]
+
+
+class Hosts:
+    """All attached hosts."""
+
+    def __init__(
+        self,
+        device: Device,
+        ledger: Ledger,
+        frames: Frames,
+        names: Names,
+        changes: Changes,
+        threads: Executor,
+    ) -> None:
+        """Begin empty; `changes` is announced when hosts come and go. Must be called in the event loop."""
+        self.epoch = 0
+        self.reclaims: deque[Reclaim] = deque(maxlen=32)
+        self.nr_reclaims = 0
+        self._device = device
+        self._ledger = ledger
+        self._frames = frames
+        self._names = names
+        self._changes = changes
+        self._threads = threads
+        self._loop = asyncio.get_running_loop()
+        self._hosts: dict[int, LiveHost] = {}
+        self._lingering: set[LiveHost] = set()  # retired, their guard is still needed
+        self._gone_tokens: deque[int] = deque(maxlen=4096)
+        self._admission = asyncio.Lock()
+        self._reclaim = asyncio.Lock()
+
+    def __iter__(self) -> Iterator[LiveHost]:
+        return iter(list(self._hosts.values()))
+
+    @property
+    def reclaiming(self) -> bool:
+        """Tell whether frames of some host are on their way back to the pool."""
+        return any(host.retirement is not None for host in self._hosts.values())
+
+    @property
+    def nr_active(self) -> int:
+        """Number of live hosts."""
+        return sum(host.account.alive for host in self._hosts.values())
+
+    def of(self, connection: Connection) -> LiveHost:
+        """Return the live host that a connection belongs to.
+
+        Raises:
+            Refused: it belongs to none.
+            HostFenced: that host has left or is dead.
+        """
+        if connection.host is None:
+            raise Refused(Status.NOT_REGISTERED, "this connection has not registered a host")
+        return self._known(connection.host, connection.incarnation)
+
+    # ---------------------------------------------------------------- coming
+
+    async def restore(self) -> None:
+        """Take over the hosts of an earlier coordinator from the device, and reclaim those whose process is gone."""
+        dead: list[LiveHost] = []
+        for entry in self._device.hosts():
+            slot: int = entry["host"]
+            process = None
+            if entry["state"] == ACTIVE:
+                process = Process.find(entry["pid"], entry["start_time"])
+            limit: int = entry["frame_limit"]
+            free = sum(count for _, count in self._device.free_runs(slot)) if limit else 0
+            account = self._ledger.readmit(
+                slot, entry["incarnation"], entry["name"], process is not None, free
+            )
+            account.watermarks = dataclasses.replace(account.watermarks, frame_limit=limit)
+            host = self._hosts[slot] = LiveHost(account, process)
+            if process is None:
+                dead.append(host)
+            else:
+                self._watch(host)
+                log.info("%s is alive and may rejoin", host)
+        for host in dead:
+            await self._retire(host, "was gone when the coordinator started")
+
+    async def register(self, connection: Connection, ask: Register) -> Registered:
+        """Give a host a slot; the same token gets the same answer again.
+
+        Raises:
+            NoHostSlot: there is none.
+            Refused: the process cannot be seen from here.
+            HostFenced: the token is that of a host that has left or is dead.
+        """
+        if ask.token == 0:
+            raise RemoteProtocolError("REGISTER with token 0")
+        async with self._admission:
+            host = self._with_token(ask.token)
+            if host is None:
+                # Not to be torn apart by the end of the connection: the slot is taken, or it is not.
+                host = await asyncio.shield(self._admit(connection, ask))
+            else:
+                self._check_process(connection, host)
+            return self._bind(connection, host)
+
+    def rejoin(self, connection: Connection, ask: Rejoin) -> Registered:
+        """Let a registered host speak on another connection.
+
+        Raises:
+            HostFenced: it has left or was declared dead.
+            Refused: the connection is another process's.
+        """
+        host = self._known(ask.host, ask.incarnation)
+        self._check_process(connection, host)
+        return self._bind(connection, host)
+
+    def guard(self, connection: Connection, ask: Rejoin) -> None:
+        """Keep the userfaultfd that came with the request, and use the connection to speak to the host.
+
+        Raises:
+            RemoteProtocolError: not exactly one descriptor, or not a userfaultfd.
+            HostFenced, Refused: as `rejoin`.
+        """
+        if not connection.is_unix:
+            raise RemoteProtocolError("GUARD needs a Unix connection: TCP carries no descriptor")
+        host = self._known(ask.host, ask.incarnation)
+        self._check_process(connection, host)
+        descriptors = connection.take_descriptors()
+        try:
+            if len(descriptors) != 1:
+                raise RemoteProtocolError(f"GUARD came with {len(descriptors)} descriptors, not 1")
+            if os.readlink(f"/proc/self/fd/{descriptors[0]}") != USERFAULTFD:
+                raise RemoteProtocolError("the descriptor that came with GUARD is no userfaultfd")
+            host.drop_guard()  # the host holds the one that just came, and so do we
+            host.guard_fd = descriptors.pop()
+            host.guard = connection
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    async def _admit(self, connection: Connection, ask: Register) -> LiveHost:
+        process = self._process_of(connection, ask)
+        try:
+            name = ask.name.partition(b"\0")[0].decode(errors="replace")
+            marks = self._ledger.negotiate(ask.low, ask.high, ask.batch)
+            account = self._ledger.open(ask.token, name, marks)
+        except BaseException:
+            process.close()
+            raise
+        try:
+            await self._loop.run_in_executor(
+                self._threads, self._device.activate_host,
+                account.host, process.pid, process.start_time, ask.token, name, marks.frame_limit,
+            )  # fmt: skip
+        except BaseException:
+            process.close()
+            self._ledger.release(account.host)
+            raise
+        host = self._hosts[account.host] = LiveHost(account, process)
+        self._watch(host)
+        log.info("%s registered", host)
+        self._changes.announce()
+        return host
+
+    def _process_of(self, connection: Connection, ask: Register) -> Process:
+        """Find the process that registers. Its own word counts only for what the kernel does not say."""
+        pid, started = ask.pid, ask.start_time or None
+        if connection.peer_pid is not None:
+            pid = connection.peer_pid
+            if pid != ask.pid:  # another pid namespace
+                started = None
+        elif started is None:
+            raise RemoteProtocolError("REGISTER over TCP without the start time of the process")
+        process = Process.find(pid, started)
+        if process is None:
+            raise Refused(
+                Status.DENIED,
+                f"the coordinator sees no live process {pid} with start time {started}; a host has to run on "
+                "the coordinator's machine, in its pid namespace or below it",
+            )
+        return process
+
+    def _with_token(self, token: int) -> LiveHost | None:
+        for host in self._hosts.values():
+            if host.account.incarnation == token:
+                return self._known(host.account.host, token)
+        if token in self._gone_tokens:
+            raise HostFenced(
+                "the host with that token has left or is dead; register with a new one"
+            )
+        return None
+
+    def _known(self, slot: int, incarnation: int) -> LiveHost:
+        return self._hosts[self._ledger.account(slot, incarnation).host]
+
+    def _check_process(self, connection: Connection, host: LiveHost) -> None:
+        """Refuse a connection of another process than the host's, such as a forked child's."""
+        pid = host.process.pid if host.process else 0
+        if connection.peer_pid is not None and connection.peer_pid != pid:
+            raise Refused(
+                Status.DENIED,
+                f"host {host.account.host} is process {pid}, not {connection.peer_pid}",
+            )
+
+    def _bind(self, connection: Connection, host: LiveHost) -> Registered:
+        account, marks = host.account, host.account.watermarks
+        connection.host, connection.incarnation = account.host, account.incarnation
+        return Registered(
+            account.incarnation, self.epoch, account.host,
+            marks.low, marks.high, marks.batch, marks.batch_max, marks.frame_limit,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------- going
+
+    async def leave(self, connection: Connection) -> None:
+        """Retire a host that says it has released everything; returns when its slot is free."""
+        host = self.of(connection)
+        await asyncio.shield(self._retire(host, "left"))
+
+    def forget(self, connection: Connection) -> None:
+        """Take note that a connection is closed."""
+        for host in [*self._hosts.values(), *self._lingering]:
+            if host.guard is connection:
+                host.guard = None
+                self._let_go(host)
+
+    def _watch(self, host: LiveHost) -> None:
+        if host.process is not None:
+            self._loop.add_reader(host.process.pidfd, self._process_ended, host)
+
+    def _process_ended(self, host: LiveHost) -> None:
+        log.info("%s: its process has ended", host)
+        self._forget_process(host)
+        if host.account.alive:
+            host.notify(MsgType.NOTIFY_FENCED)  # for whoever else holds the connection
+            self._retire(host, "died")
+        self._let_go(host)
+
+    def _retire(self, host: LiveHost, why: str) -> asyncio.Task[None]:
+        """Declare a host dead, and begin to take back everything that it held."""
+        account = host.account
+        for state in (ACTIVE, DRAINING):
+            self._device.set_host_state(account.host, state, DEAD)
+        self._ledger.bury(account.host)
+        self._names.forget_host(account.host)
+        self._gone_tokens.append(account.incarnation)
+        host.retirement = self._loop.create_task(self._take_everything(host, why))
+        self._changes.announce()
+        return host.retirement
+
+    async def _take_everything(self, host: LiveHost, why: str) -> None:
+        """Reclaim a dead host, and free its slot."""
+        account = host.account
+        began = self._loop.time()
+        try:
+            async with self._reclaim:
+                report = await self._loop.run_in_executor(
+                    self._threads, self._device.reclaim_host, account.host
+                )
+                found = await self._frames.look_for_lost()
+        except DmError:
+            # The slot stays DEAD: nothing of it is given to anybody. The next coordinator tries again.
+            log.exception("%s could not be reclaimed; its slot and frames stay as they are", host)
+        else:
+            self._device.set_host_state(account.host, DEAD, FREE)
+            self._ledger.release(account.host)
+            del self._hosts[account.host]
+            seconds = self._loop.time() - began
+            self.nr_reclaims += 1
+            self.reclaims.append(
+                Reclaim(account.host, account.name, why, seconds, found, dict(report))
+            )
+            log.info("%s %s: %d frames came back to the pool in %.1f ms",
+                     host, why, found, seconds * 1e3)  # fmt: skip
+        finally:
+            host.retirement = None
+            self._lingering.add(host)
+            self._let_go(host)
+            self._changes.announce()
+
+    def _let_go(self, host: LiveHost) -> None:
+        """Close the guard of a retired host once nothing needs it: the process is gone, or let go of it after leaving."""
+        if host not in self._lingering or (host.process is not None and host.guard is not None):
+            return
+        self._lingering.discard(host)
+        self._forget_process(host)
+        host.drop_guard()
+
+    def _forget_process(self, host: LiveHost) -> None:
+        if host.process is not None:
+            self._loop.remove_reader(host.process.pidfd)
+            host.process.close()
+            host.process = None
+
+    async def close(self) -> None:
+        """Finish the reclaims that are under way, and stop watching."""
+        retirements = {host.retirement for host in self if host.retirement is not None}
+        if retirements:
+            await asyncio.wait(retirements)
+        for host in [*self, *self._lingering]:
+            self._forget_process(host)
+            host.drop_guard()

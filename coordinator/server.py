@@ -1,0 +1,270 @@
+"""The coordinator as a server: taking over a device, accepting connections, stopping.
+
+One coordinator serves a device. It holds the flock of the device file, which ends with it however it ends; the superblock
+says who and where it is. Whoever gets the lock and finds a coordinator in the superblock is the successor of one that
+was killed: there is nothing to repair but what is on the device, and the ledger is built from there in any case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from dmrpc_cxl._native import Device
+from dmrpc_cxl.errors import DeviceNotFound, EnvironmentFault, SystemCallFailed
+from dmrpc_cxl.fabric.device import path_of
+from dmrpc_cxl.fabric.liveness import is_alive, start_time
+from dmrpc_cxl.fabric.topology import make_runtime_dir, socket_path
+
+from .connection import Connection, TimeLimits
+from .frames import POOL, Frames
+from .hosts import Hosts
+from .ledger import Ledger, Policy
+from .listening import UnixListener, listen_tcp
+from .names import Names
+from .service import Parts, Service
+from .supply import Supply
+from .waits import Changes
+
+log = logging.getLogger(__name__)
+
+THREADS = 4  # for looks at the whole device and reclaims, of which one runs at a time
+ACCEPT_PAUSE = 0.1  # seconds, when descriptors have run out
+
+
+class CoordinatorRunning(EnvironmentFault):
+    """Another coordinator serves the device."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve a fabric."""
+
+    fabric: str
+    socket: str | None = None
+    """Path of the Unix socket; None: in the fabric's runtime directory."""
+    tcp: tuple[str, int] | None = None
+    tcp_anywhere: bool = False
+    policy: Policy = field(default_factory=Policy)
+    limits: TimeLimits = field(default_factory=TimeLimits)
+    recall_seconds: float = 1.0
+    max_connections: int = 4096
+
+
+class LockedDevice:
+    """The device, held against every other coordinator until `close`."""
+
+    def __init__(self, fabric: str) -> None:
+        """Open and lock the device of a fabric.
+
+        Raises:
+            DeviceNotFound: there is none.
+            CoordinatorRunning: it has a coordinator.
+            NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt: it is damaged.
+            SystemCallFailed: it belongs to another user.
+        """
+        self.path = str(path_of(fabric))
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise DeviceNotFound(
+                errno.ENOENT, f"no device {self.path}: make it with `dmrpc fabric create {fabric}`"
+            ) from None
+        except OSError as error:
+            raise SystemCallFailed(
+                error.errno, f"cannot open device {self.path}: {error.strerror}"
+            ) from error
+        try:
+            self.device = Device(self._fd)
+            try:
+                self._lock(fabric)
+            except BaseException:
+                self.device.close()
+                raise
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _lock(self, fabric: str) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = self.device.superblock["coordinator_pid"]
+            who = (
+                f"coordinator {pid} serves"
+                if pid
+                else "somebody else is starting to serve or removing"
+            )
+            raise CoordinatorRunning(
+                f"{who} fabric {fabric}: stop that one first (dmrpc fabric status)"
+            ) from None
+        try:
+            same = os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise DeviceNotFound(errno.ENOENT, f"device {self.path} was removed just now")
+        found = self.device.superblock
+        pid, started = found["coordinator_pid"], found["coordinator_start_time"]
+        if pid and pid != os.getpid():
+            if is_alive(pid, started):
+                raise CoordinatorRunning(
+                    f"coordinator {pid} serves fabric {fabric}, though it has lost its lock: stop it first"
+                )
+            log.info("coordinator %d did not stop in order; taking over", pid)
+
+    def close(self) -> None:
+        """Let go of the device."""
+        self.device.close()
+        os.close(self._fd)
+
+
+class Server:
+    """One running coordinator."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Take the device and the sockets; must be called in the event loop.
+
+        Raises:
+            As LockedDevice, UnixListener and listen_tcp do.
+        """
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._connections: set[Connection] = set()
+        self._listeners: list[socket.socket] = []
+        self._locked = LockedDevice(settings.fabric)
+        try:
+            if settings.socket is None:
+                make_runtime_dir(settings.fabric)
+            self._unix = UnixListener(settings.socket or socket_path(settings.fabric))
+            self._listeners.append(self._unix.socket)
+            try:
+                if settings.tcp is not None:
+                    self._listeners.append(
+                        listen_tcp(*settings.tcp, anywhere=settings.tcp_anywhere)
+                    )
+            except BaseException:
+                self._unix.close()
+                raise
+        except BaseException:
+            self._locked.close()
+            raise
+        device = self._locked.device
+        superblock = device.superblock
+        nr_frames: int = superblock["nr_frames"]
+        self._threads = ThreadPoolExecutor(THREADS, "coordinator")
+        changes = Changes()
+        names = Names()
+        ledger = Ledger.from_device(
+            nr_frames, superblock["max_hosts"], device.free_runs(POOL), settings.policy
+        )
+        frames = Frames(device, ledger, self._threads)
+        self._hosts = Hosts(device, ledger, frames, names, changes, self._threads)
+        supply = Supply(device, ledger, frames, self._hosts, changes, settings.recall_seconds)
+        parts = Parts(device, ledger, names, self._hosts, supply, changes)
+        self._changes = changes
+        self._service = Service(parts, self.stop)
+
+    @property
+    def where(self) -> str:
+        """Say where the coordinator listens, for people and scripts."""
+        tcp = "".join(f" tcp={host}:{port}" for host, port in [self._tcp_address()] if port)
+        return f"unix={self._unix.path}{tcp}"
+
+    def stop(self) -> None:
+        """Ask the server to stop: `serve` returns."""
+        self._stop.set()
+
+    async def serve(self, ready: Callable[[Server], None]) -> None:
+        """Restore what is on the device, serve until `stop`, and leave nothing behind; `ready` is told when it serves."""
+        accepting: list[asyncio.Task[None]] = []
+        epoch = 0
+        try:
+            await self._hosts.restore()
+            epoch = self._locked.device.start_coordinator(
+                os.getpid(), start_time(os.getpid()) or 0, self._unix.path, *self._tcp_address()
+            )
+            self._service.epoch = self._hosts.epoch = epoch
+            for listener in self._listeners:
+                listener.setblocking(False)
+                accepting.append(self._loop.create_task(self._accept(listener)))
+            log.info("serving fabric %s, epoch %d, %s", self._settings.fabric, epoch, self.where)
+            ready(self)
+            await self._stop.wait()
+            log.info("stopping")
+        finally:
+            self._service.stopping = True
+            for task in accepting:
+                task.cancel()
+            await asyncio.gather(*accepting, return_exceptions=True)
+            await self._close(epoch)
+
+    def _tcp_address(self) -> tuple[str, int]:
+        if len(self._listeners) < 2:
+            return "", 0
+        host, port = self._listeners[1].getsockname()[:2]
+        return host, port
+
+    async def _close(self, epoch: int) -> None:
+        self._unix.close()
+        for listener in self._listeners:
+            listener.close()
+        if epoch:
+            self._locked.device.stop_coordinator(epoch)
+        self._changes.announce()  # whoever waits is told that it is of no use
+        connections = list(self._connections)
+        if connections:
+            await asyncio.wait(
+                {asyncio.ensure_future(connection.finish()) for connection in connections},
+                timeout=self._settings.limits.send,
+            )
+        for connection in connections:
+            connection.close()
+        await self._hosts.close()
+        await self._loop.run_in_executor(None, self._threads.shutdown)
+        self._locked.close()
+
+    # ---------------------------------------------------------------- connections
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = await self._loop.sock_accept(listener)
+            except OSError as error:
+                if error.errno not in (errno.ECONNABORTED, errno.EINTR):
+                    log.error("cannot accept connections: %s", error.strerror)
+                    await asyncio.sleep(ACCEPT_PAUSE)
+                continue
+            if len(self._connections) >= self._settings.max_connections:
+                log.warning("%d connections are open; refused one more", len(self._connections))
+                sock.close()
+                continue
+            try:
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._connections.add(
+                    Connection(sock, self._settings.limits, self._service.answer, self._forget)
+                )
+            except OSError as error:  # the peer is gone already
+                log.debug("lost a connection at once: %s", error.strerror)
+                sock.close()
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._hosts.forget(connection)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as it may: a host takes about six."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,218 @@
+"""What the coordinator answers: one method for each type of request."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dmrpc_cxl._native import LAYOUT, Device
+from dmrpc_cxl.errors import RemoteProtocolError
+
+from .connection import Connection
+from .hosts import Hosts
+from .ledger import Ledger, Run
+from .messages import Grant, Hello, HelloReply, MsgType, Register, Registered, Rejoin, Status
+from .names import Names, check_name
+from .protocol import NEEDS_HOST, Request
+from .refusals import Refused
+from .supply import Supply
+from .waits import Changes
+
+MAX_ENDPOINT_BYTES = 4096
+MAX_WAIT_SECONDS = 3600.0
+DEFAULT_WAIT_SECONDS = 30.0
+
+_STATES = {
+    LAYOUT["HOST_FREE"]: "free",
+    LAYOUT["HOST_ACTIVE"]: "active",
+    LAYOUT["HOST_DEAD"]: "dead",
+    LAYOUT["HOST_DRAINING"]: "draining",
+}
+
+
+@dataclass
+class Parts:
+    """What the service works on."""
+
+    device: Device
+    ledger: Ledger
+    names: Names
+    hosts: Hosts
+    supply: Supply
+    changes: Changes
+
+
+class Service:
+    """The requests of one fabric."""
+
+    def __init__(self, parts: Parts, stop: Callable[[], None]) -> None:
+        """Answer from these parts; `stop` ends the coordinator."""
+        self.epoch = 0
+        self.stopping = False
+        self.requests: Counter[str] = Counter()
+        self._parts = parts
+        self._stop = stop
+        superblock = parts.device.superblock
+        self._fabric_id: int = superblock["fabric_id"]
+        self._fabric: str = superblock["name"]
+        self._secret: bytes = superblock["secret"]
+        self._page_size: int = superblock["page_size"]
+        self._started = asyncio.get_running_loop().time()
+        self._answers: dict[MsgType, Callable[[Connection, Any], Awaitable[Any]]] = {
+            MsgType.HELLO: self._hello,
+            MsgType.REGISTER: self._register,
+            MsgType.REJOIN: self._rejoin,
+            MsgType.GUARD: self._guard,
+            MsgType.GRANT: self._grant,
+            MsgType.RETURN: self._return,
+            MsgType.LEAVE: self._leave,
+            MsgType.PUBLISH: self._publish,
+            MsgType.WITHDRAW: self._withdraw,
+            MsgType.LOOKUP: self._lookup,
+            MsgType.LIST: self._list,
+            MsgType.STATS: self._stats,
+            MsgType.HOSTS: self._list_hosts,
+            MsgType.SHUTDOWN: self._shutdown,
+            MsgType.WAIT: self._wait,
+        }
+
+    async def answer(self, connection: Connection, request: Request) -> Any:
+        """Serve one request. Returns what the answer carries.
+
+        Raises:
+            DmError: the request is refused; refusals.status_of says how.
+        """
+        self.requests[request.type.name] += 1
+        if self.stopping:
+            raise Refused(Status.SHUTTING_DOWN, "the coordinator is shutting down")
+        if request.type in NEEDS_HOST:
+            self._parts.hosts.of(connection)  # refuses
+        return await self._answers[request.type](connection, request.body)
+
+    # ---------------------------------------------------------------- hosts and frames
+
+    async def _hello(self, connection: Connection, ask: Hello) -> HelloReply:
+        # The secret first, and in constant time: whoever lacks it learns nothing else.
+        if not hmac.compare_digest(ask.secret, self._secret) or ask.fabric_id != self._fabric_id:
+            raise Refused(Status.DENIED, "wrong secret, or another fabric's coordinator")
+        return HelloReply(self.epoch)
+
+    async def _register(self, connection: Connection, ask: Register) -> Registered:
+        return await self._parts.hosts.register(connection, ask)
+
+    async def _rejoin(self, connection: Connection, ask: Rejoin) -> Registered:
+        return self._parts.hosts.rejoin(connection, ask)
+
+    async def _guard(self, connection: Connection, ask: Rejoin) -> None:
+        self._parts.hosts.guard(connection, ask)
+
+    async def _grant(self, connection: Connection, ask: Grant) -> list[Run]:
+        return await self._parts.supply.grant(connection, self._parts.hosts.of(connection), ask)
+
+    async def _return(self, connection: Connection, runs: list[Run]) -> None:
+        self._parts.supply.take_back(self._parts.hosts.of(connection), runs)
+
+    async def _leave(self, connection: Connection, nothing: None) -> None:
+        await self._parts.hosts.leave(connection)
+
+    # ---------------------------------------------------------------- names
+
+    async def _publish(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        name, endpoint = check_name(ask.get("name")), ask.get("endpoint")
+        if endpoint is None or len(json.dumps(endpoint)) > MAX_ENDPOINT_BYTES:
+            raise RemoteProtocolError(
+                f"an endpoint is a JSON value of at most {MAX_ENDPOINT_BYTES} bytes"
+            )
+        host = self._parts.hosts.of(connection)
+        self._parts.names.publish(name, endpoint, host.account.host)
+        self._parts.changes.announce()
+        return {}
+
+    async def _withdraw(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        host = self._parts.hosts.of(connection)
+        self._parts.names.withdraw(check_name(ask.get("name")), host.account.host)
+        return {}
+
+    async def _lookup(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        return self._parts.names.lookup(check_name(ask.get("name"))).as_json()
+
+    async def _list(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        prefix = ask.get("prefix", "")
+        if not isinstance(prefix, str):
+            raise RemoteProtocolError("LIST: prefix is text")
+        return {"services": [found.as_json() for found in self._parts.names.with_prefix(prefix)]}
+
+    async def _wait(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        seconds = ask.get("timeout", DEFAULT_WAIT_SECONDS)
+        if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
+            raise RemoteProtocolError(f"WAIT: timeout is 0 to {MAX_WAIT_SECONDS:.0f} seconds")
+        hosts, name = ask.get("hosts"), ask.get("name")
+        if (hosts is None) == (name is None):
+            raise RemoteProtocolError("WAIT: either hosts or name")
+        if name is not None:
+            check_name(name)
+        elif type(hosts) is not int or hosts < 0:
+            raise RemoteProtocolError("WAIT: hosts is a number")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while not (
+            self._parts.hosts.nr_active >= hosts if name is None else name in self._parts.names
+        ):
+            if self.stopping:
+                raise Refused(Status.SHUTTING_DOWN, "the coordinator is shutting down")
+            remaining = deadline - loop.time()
+            if remaining <= 0 or connection.gone.is_set():
+                what = f"{hosts} hosts" if name is None else f"service {name!r}"
+                raise Refused(Status.NOT_FOUND, f"no {what} within {seconds:g} s")
+            await self._parts.changes.next(connection, remaining)
+        return {}
+
+    # ---------------------------------------------------------------- looking in from outside
+
+    async def _list_hosts(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        return {"hosts": self._host_rows()}
+
+    def _host_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for entry in self._parts.device.hosts():
+            row = {key: value for key, value in entry.items() if key not in ("intent", "counters")}
+            row["state"] = _STATES.get(entry["state"], "unknown")
+            row["counters"] = {name: value for name, value in entry["counters"].items() if value}
+            account = self._parts.ledger.hosts.get(entry["host"])
+            if account is not None:
+                row["grants"], row["returns"] = account.grants, account.returns
+                row["granted"], row["returned"] = account.granted, account.returned
+                row["watermarks"] = asdict(account.watermarks)
+            rows.append(row)
+        return rows
+
+    async def _stats(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        ledger, hosts = self._parts.ledger, self._parts.hosts
+        return {
+            "fabric": self._fabric,
+            "epoch": self.epoch,
+            "uptime_s": asyncio.get_running_loop().time() - self._started,
+            "page_size": self._page_size,
+            "pool": {
+                "nr_frames": ledger.nr_frames,
+                "free": ledger.pool.total,
+                "extents": len(ledger.pool),
+                "longest": ledger.pool.longest,
+            },
+            "totals": {**asdict(ledger.totals), "recalls": self._parts.supply.recalls},
+            "requests": dict(self.requests),
+            "max_hosts": ledger.max_hosts,
+            "hosts": self._host_rows(),
+            "nr_reclaims": hosts.nr_reclaims,
+            "reclaims": [asdict(reclaim) for reclaim in hosts.reclaims],
+            "names": [service.as_json() for service in self._parts.names],
+        }
+
+    async def _shutdown(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        self._stop()
+        return {}

@@ -1,0 +1,125 @@
+"""Grants, and what is done about them when the pool is short.
+
+A host that asks is answered at once if the pool has anything for it. If not: frames may have been missed, so the
+device is looked at; other hosts may sit on many free frames, so they are asked for some; a dead host's frames may be on
+their way. Then the request waits for a bounded time, and so do others, each of which looks again whenever frames come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from dmrpc_cxl._native import Device
+from dmrpc_cxl.errors import OutOfFrames, PeerError, RemoteProtocolError
+
+from .connection import Connection
+from .frames import Frames
+from .hosts import Hosts, LiveHost
+from .ledger import Ledger, OverQuota, Run
+from .messages import Grant, MsgType, Recall
+from .waits import Changes
+
+log = logging.getLogger(__name__)
+
+
+class Supply:
+    """The pool, as requests see it."""
+
+    def __init__(
+        self,
+        device: Device,
+        ledger: Ledger,
+        frames: Frames,
+        hosts: Hosts,
+        changes: Changes,
+        recall_seconds: float,
+    ) -> None:
+        """Serve these hosts; `changes` is announced whenever frames come back."""
+        self.recalls = 0
+        self._device = device
+        self._ledger = ledger
+        self._frames = frames
+        self._hosts = hosts
+        self._changes = changes
+        self._recall_seconds = recall_seconds
+
+    async def grant(self, connection: Connection, host: LiveHost, ask: Grant) -> list[Run]:
+        """Give a host up to the frames it wants.
+
+        Raises:
+            OutOfFrames: there is nothing to be had.
+            OverQuota: the host holds as many frames as it may.
+            HostFenced: the host left or died meanwhile.
+            PeerError: the connection ended meanwhile; nothing was granted.
+        """
+        want, min_run = max(ask.want, ask.min_run), max(ask.min_run, 1)
+        if want < 1:
+            raise RemoteProtocolError("GRANT asks for no frame")
+        try:
+            runs = await self._grant(connection, host, want, min_run)
+        except OutOfFrames:
+            self._ledger.totals.grants_refused += 1
+            raise
+        if sum(run.count for run in runs) < want:
+            self._recall(host, want, 1)  # for the next time
+        return runs
+
+    async def _grant(
+        self, connection: Connection, host: LiveHost, want: int, min_run: int
+    ) -> list[Run]:
+        loop = asyncio.get_running_loop()
+        deadline = 0.0
+        while True:
+            if connection.peer_closed():
+                # It may have connected anew already and looked for frames of its own: what it were given
+                # after that look would be lost to it.
+                raise PeerError("the connection ended before the grant")
+            account = self._ledger.account(host.account.host, host.account.incarnation)
+            try:
+                return self._frames.give(account, want, min_run)
+            except OverQuota:
+                raise
+            except OutOfFrames:
+                if not deadline:
+                    deadline = loop.time() + self._recall_seconds
+                    if await self._frames.look_for_lost():
+                        continue
+                awaited = self._recall(host, want, min_run) or self._hosts.reclaiming
+                if not awaited or loop.time() >= deadline:
+                    raise
+            await self._changes.next(connection, deadline - loop.time())
+
+    def take_back(self, host: LiveHost, runs: list[Run]) -> None:
+        """Take the frames that a RETURN names.
+
+        Raises:
+            RemoteProtocolError: they cannot be frames of the device.
+        """
+        host.owes_answer_until = 0.0
+        self._frames.take_back(host.account, runs)
+        self._changes.announce()
+
+    def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:
+        """Ask hosts that sit on free frames for `want` of them; for a long run, ask for all they have.
+
+        A host is asked once in `recall_seconds`. Returns whether some host has been asked and not answered.
+        """
+        now = asyncio.get_running_loop().time()
+        idle: list[tuple[int, LiveHost]] = []
+        for host in self._hosts:
+            if host is not short and host.account.alive and now >= host.not_asked_before:
+                entry = self._device.host(host.account.host)
+                spare = entry["nr_free"] - entry["nr_reserved"]
+                if spare > 0:
+                    idle.append((spare, host))
+        for spare, host in sorted(idle, key=lambda found: -found[0]):
+            if want <= 0:
+                break
+            ask = spare if min_run > 1 else min(spare, want)
+            if host.notify(MsgType.NOTIFY_RECALL, Recall(ask)):
+                self.recalls += 1
+                host.not_asked_before = host.owes_answer_until = now + self._recall_seconds
+                want -= 0 if min_run > 1 else ask
+                log.info("asked host %d for %d free frames", host.account.host, ask)
+        return any(now < host.owes_answer_until for host in self._hosts if host is not short)

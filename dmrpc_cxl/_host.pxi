@@ -1,0 +1,856 @@
+# _host.pxi - the DM layer of this process for Python: Host, Buffer and Ref. Included by _native.pyx.
+#
+# How a call runs. First try: with the GIL, if the host's lock is free, and only work that neither blocks nor takes long.
+# When native code says DM_AGAIN_BLOCKING (it would ask the coordinator, copy much, or the lock was taken), the GIL is
+# released and the call repeated in full. The lock is never held while waiting for the GIL: whatever runs without the GIL
+# gives the lock back before it takes the GIL again. `users` counts those, so that detach cannot pull the
+# host away under them.
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.string cimport memcpy
+
+from dmrpc_cxl._dm cimport *
+
+import weakref as _weakref
+
+cdef extern from "sched.h" nogil:
+    int sched_yield()
+
+cdef size_t _ZERO_WITH_GIL = 65536  # bytes; zeroing more than this is worth releasing the GIL
+
+# fabric id -> the host that unpickled Refs of that fabric belong to
+cdef object _hosts = _weakref.WeakValueDictionary()
+
+
+cdef int _not_dm(object operation) except -1:
+    raise _errors.BadAddress(
+        f"{operation}: this object's memory is not in DM of this host; place it there with host.array()"
+    )
+
+
+@cython.freelist(256)
+cdef class Ref:
+    """A transferable, single-holder claim on a run of frames: the bytes a buffer had when it was made.
+
+    Made by :meth:`Host.create_ref`, sent as 40 bytes (:meth:`to_bytes`, pickle), used once by
+    :meth:`Host.map_ref`. A Ref that is garbage-collected is dropped, unless its bytes were handed out: then it
+    belongs to whoever accepts it, and to this host until somebody does.
+
+    Paper: IV (Ref), V-B.2.
+    """
+
+    cdef readonly Host host
+    cdef dm_ref_wire w
+    cdef bint ours       # this host was the holder when last looked at
+    cdef bint exported   # bytes were handed out
+    cdef bint spent      # mapped or dropped through this object
+    cdef object __weakref__
+
+    def __dealloc__(self):
+        cdef dm_error err
+        cdef dm_host *h
+        if not self.ours or self.exported or self.spent or self.host is None:
+            return
+        h = self.host.h
+        if h == NULL or dm_forked(h):
+            return
+        dm_lock(h)
+        dm_ref_drop(h, &self.w, &err)
+        dm_unlock(h)
+
+    @property
+    def nbytes(self):
+        """Length of the bytes the Ref denotes."""
+        return self.w.length
+
+    def __len__(self):
+        return self.w.length
+
+    def __repr__(self):
+        state = "spent" if self.spent else "held" if self.ours else "not accepted"
+        return f"<Ref {self.w.length} bytes, entry {self.w.entry} generation {self.w.generation}, {state}>"
+
+    def to_bytes(self):
+        """Return the 40 bytes that stand for this Ref on the wire.
+
+        The Ref stays this host's until a receiver accepts or maps it; it is no longer dropped by garbage
+        collection. Call :meth:`drop` when the message could not be delivered.
+
+        Raises:
+            RefConsumed: it was mapped or dropped through this object.
+        """
+        if self.spent:
+            raise _errors.RefConsumed("to_bytes: this Ref was mapped or dropped before")
+        self.exported = True
+        return PyBytes_FromStringAndSize(<char *>&self.w, sizeof(self.w))
+
+    @staticmethod
+    def from_bytes(data, host=None):
+        """Read a Ref from the bytes another host sent. It is not accepted yet: see :meth:`accept`.
+
+        Args:
+            data: 40 bytes from :meth:`to_bytes`.
+            host: the host to use it with; by default the one of this process on the Ref's fabric.
+
+        Raises:
+            BadRef: not a Ref, damaged, or of another fabric.
+        """
+        cdef dm_ref_wire w
+        cdef bytes raw = bytes(data)
+        if PyBytes_GET_SIZE(raw) != sizeof(w):
+            raise _errors.BadRef(f"a Ref has {sizeof(w)} bytes, not {len(raw)}")
+        memcpy(&w, PyBytes_AS_STRING(raw), sizeof(w))
+        if host is None:
+            host = _hosts.get(w.fabric_id)
+            if host is None:
+                raise _errors.BadRef(
+                    f"a Ref of fabric {w.fabric_id:016x}, to which no host of this process is attached"
+                )
+        return _ref_of(host, &w)
+
+    def __reduce__(self):
+        return (Ref.from_bytes, (self.to_bytes(),))
+
+    def accept(self):
+        """Become the holder: from now on the Ref survives its creator, and the bytes it came in are stale.
+
+        Idempotent. Mapping and cloning accept by themselves.
+
+        Raises:
+            RefConsumed: another holder was faster, or the holder is gone.
+        """
+        cdef dm_error err = no_error()
+        cdef int s
+        cdef dm_host *h = self.host.enter("accept")
+        if self.spent:
+            raise _errors.RefConsumed("accept: this Ref was mapped or dropped before")
+        if self.ours and not self.exported:
+            return self
+        with nogil:
+            s = _retry_accept(h, &self.w, &err)
+        raise_status(s, &err, "accept")
+        self.ours = True
+        self.exported = False
+        return self
+
+    def clone(self):
+        """Make another Ref to the same bytes, held by this host; every frame has one more count.
+
+        Returns:
+            Ref: independent of this one.
+
+        Raises:
+            RefConsumed: this one was used or passed on.
+            TooManyRefs: a frame's refcount would overflow.
+            RefTableFull: no free entry.
+        """
+        cdef dm_error err = no_error()
+        cdef int s
+        cdef dm_ref_wire out
+        cdef dm_host *h = self.host.enter("clone")
+        if self.spent:
+            raise _errors.RefConsumed("clone: this Ref was mapped or dropped before")
+        self.host.users += 1
+        try:
+            with nogil:
+                s = _retry_clone(h, &self.w, &out, &err)
+        finally:
+            self.host.users -= 1
+        raise_status(s, &err, "clone")
+        self.ours = True
+        return _ref_held(self.host, &out)
+
+    def drop(self):
+        """Give the Ref back without mapping it. Idempotent; does nothing once somebody else accepted it.
+
+        Returns:
+            bool: whether this call released the frames' counts.
+        """
+        cdef dm_error err = no_error()
+        cdef int s
+        if self.spent:
+            return False
+        cdef dm_host *h = self.host.enter("drop")
+        with nogil:
+            s = _retry_drop(h, &self.w, &err)
+        if s == DM_ERR_REF_CONSUMED:
+            self.spent = True
+            return False
+        raise_status(s, &err, "drop")
+        self.spent = True
+        return True
+
+
+cdef Ref _ref_of(Host host, dm_ref_wire *w):
+    cdef dm_error err = no_error()
+    raise_status(dm_ref_wire_check(w, host.enter("Ref.from_bytes").fabric_id, &err), &err, "Ref.from_bytes")
+    cdef Ref ref = Ref.__new__(Ref)
+    ref.host = host
+    ref.w = w[0]
+    return ref
+
+
+cdef inline Ref _ref_held(Host host, dm_ref_wire *w):
+    cdef Ref ref = Ref.__new__(Ref)
+    ref.host = host
+    ref.w = w[0]
+    ref.ours = True
+    return ref
+
+
+# A Ref that its holder is just cloning is busy for a moment: wait for it without the lock, but not for ever (the
+# cloner may have been stopped).
+cdef bint _still_busy(int s, dm_host *h, uint64_t *give_up) noexcept nogil:
+    if s != DM_REF_BUSY:
+        return False
+    if give_up[0] == 0:
+        give_up[0] = dm_now_ns() + h.deadline_ns
+    sched_yield()
+    return dm_now_ns() < give_up[0]
+
+
+cdef int _retry_accept(dm_host *h, dm_ref_wire *w, dm_error *err) noexcept nogil:
+    cdef uint64_t give_up = 0
+    cdef int s
+    while True:
+        dm_lock(h)
+        s = dm_ref_accept(h, w, err)
+        dm_unlock(h)
+        if not _still_busy(s, h, &give_up):
+            return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
+
+
+cdef int _retry_clone(dm_host *h, dm_ref_wire *w, dm_ref_wire *out, dm_error *err) noexcept nogil:
+    cdef uint64_t give_up = 0
+    cdef int s
+    while True:
+        dm_lock(h)
+        s = dm_ref_clone(h, w, True, out, err)
+        dm_unlock(h)
+        if not _still_busy(s, h, &give_up):
+            return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
+
+
+cdef int _retry_drop(dm_host *h, dm_ref_wire *w, dm_error *err) noexcept nogil:
+    cdef uint64_t give_up = 0
+    cdef int s
+    while True:
+        dm_lock(h)
+        s = dm_ref_drop(h, w, err)
+        dm_unlock(h)
+        if not _still_busy(s, h, &give_up):
+            return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
+
+
+cdef int _retry_map(dm_host *h, dm_ref_wire *w, unsigned flags, uint32_t *id, dm_error *err) noexcept nogil:
+    cdef uint64_t give_up = 0
+    cdef int s
+    while True:
+        dm_lock(h)
+        s = dm_map_ref(h, w, flags, True, id, err)
+        dm_unlock(h)
+        if not _still_busy(s, h, &give_up):
+            return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
+
+
+cdef int _retry_create(dm_host *h, uint64_t addr, uint64_t size, dm_ref_wire *out, dm_error *err) noexcept nogil:
+    cdef uint64_t give_up = 0
+    cdef int s
+    while True:
+        dm_lock(h)
+        s = dm_create_ref(h, addr, size, True, out, err)
+        dm_unlock(h)
+        if not _still_busy(s, h, &give_up):
+            return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
+
+
+@cython.freelist(256)
+cdef class Buffer:
+    """A mapping in DM: what ralloc and map_ref return. Supports the buffer protocol, writable.
+
+    Freed by :meth:`free`, at the end of a ``with`` block, or when neither it nor a view on it is left.
+    """
+
+    cdef readonly Host host
+    cdef uint32_t id
+    cdef char *data
+    cdef Py_ssize_t length
+    cdef int exports
+    cdef bint live
+    cdef object __weakref__
+
+    def __dealloc__(self):
+        cdef dm_error err
+        cdef dm_host *h
+        if not self.live or self.host is None:
+            return
+        h = self.host.h
+        if h == NULL or dm_forked(h):
+            return
+        # Holders of the lock never need the GIL and never block: waiting with the GIL is short.
+        dm_lock(h)
+        h.vmas[self.id].buffer = NULL
+        dm_rfree(h, self.id, &err)
+        dm_unlock(h)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        if not self.live:
+            raise _errors.BadAddress("this buffer was freed, moved or left behind by detach")
+        if dm_forked(self.host.h):
+            raise _errors.ForkedError("a forked child has no mapping of its parent's buffers; attach again")
+        PyBuffer_FillInfo(view, self, self.data, self.length, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.exports -= 1
+
+    @property
+    def address(self):
+        """Address of the first byte in this process."""
+        return <uint64_t>self.data
+
+    @property
+    def nbytes(self):
+        """Length in bytes."""
+        return self.length
+
+    def __len__(self):
+        return self.length
+
+    @property
+    def views(self):
+        """How many views (memoryviews, arrays) on this buffer are alive."""
+        return self.exports
+
+    @property
+    def freed(self):
+        """Whether the buffer was freed, moved, or left behind by detach."""
+        return not self.live
+
+    @property
+    def exclusive(self):
+        """Whether this mapping is known to be the only holder of its frames."""
+        self.check("exclusive")
+        return bool(self.host.h.vmas[self.id].flags & DM_VMA_EXCLUSIVE)
+
+    cdef int check(self, object operation) except -1:
+        if not self.live:
+            raise _errors.BadAddress(f"{operation}: this buffer was freed, moved or left behind by detach")
+        self.host.enter(operation)
+        return 0
+
+    def numpy(self, dtype="uint8", shape=None, *, offset=0):
+        """Return a writable ndarray over this buffer; it keeps the buffer alive.
+
+        Args:
+            dtype: element type.
+            shape: default one dimension that fills the buffer after offset.
+            offset: bytes to skip.
+        """
+        import numpy
+        cdef object view = memoryview(self)
+        dtype = numpy.dtype(dtype)
+        if shape is None:
+            if (self.length - offset) % dtype.itemsize:
+                raise _errors.BadSize(
+                    f"{self.length - offset} bytes are no whole number of {dtype} elements; give a shape"
+                )
+            shape = ((self.length - offset) // dtype.itemsize,)
+        return numpy.ndarray(shape, dtype, buffer=view, offset=offset)
+
+    def free(self):
+        """Release the mapping now. Paper: rfree, Table II.
+
+        Raises:
+            BufferInUse: views on it are alive.
+            BadAddress: it was freed before.
+        """
+        self.host.rfree(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self.live and self.host.h != NULL:
+            self.host.rfree(self)
+
+    def __repr__(self):
+        if not self.live:
+            return f"<Buffer of {self.length} bytes, freed>"
+        return f"<Buffer of {self.length} bytes at {<uint64_t>self.data:#x}>"
+
+
+cdef class Host:
+    """A process attached to a fabric: the six calls of the paper's Table II, without rread and rwrite."""
+
+    cdef dm_host *h
+    cdef int users
+    cdef readonly str fabric
+    cdef readonly str name
+    cdef object __weakref__
+
+    def __init__(
+        self,
+        int device_fd,
+        str fabric,
+        str name,
+        *,
+        bint use_tcp=False,
+        bint strict=False,
+        bint reads_allocate=False,
+        bint user_mode_only=False,
+        uint32_t low=0,
+        uint32_t high=0,
+        uint32_t batch=0,
+        double deadline=5.0,
+    ):
+        cdef dm_error err = no_error()
+        cdef dm_attach_how how
+        cdef bytes c_fabric = _text(fabric, DM_NAME_BYTES, "the fabric's name")
+        cdef bytes c_name = _text(name, DM_NAME_BYTES, "the host's name")
+        cdef dm_host *h = NULL
+        cdef int s
+        if self.h != NULL:
+            raise _errors.MisuseError("this host is attached already")
+        if not 0 < deadline < 1e6:
+            raise ValueError("deadline: seconds, above 0")
+        how.device_fd = device_fd
+        how.fabric = c_fabric
+        how.name = c_name
+        how.use_tcp = use_tcp
+        how.strict = strict
+        how.reads_allocate = reads_allocate
+        how.user_mode_only = user_mode_only
+        how.low, how.high, how.batch = low, high, batch
+        how.deadline_ns = <uint64_t>(deadline * 1e9)
+        with nogil:
+            s = dm_attach(&how, &h, &err)
+        raise_status(s, &err, f"attach to {fabric}")
+        self.h = h
+        self.fabric = fabric
+        self.name = name
+        _hosts[h.fabric_id] = self
+
+    def __dealloc__(self):
+        cdef dm_error err
+        if self.h != NULL and not dm_forked(self.h):
+            with nogil:
+                dm_detach(self.h, &err)
+        self.h = NULL
+
+    cdef dm_host *enter(self, object operation) except NULL:
+        if self.h == NULL:
+            raise _errors.HostClosed(f"{operation}: this host is detached")
+        if dm_forked(self.h):
+            raise _errors.ForkedError(
+                f"{operation}: a forked child cannot use its parent's host; attach again in the child, or start "
+                "it with spawn or forkserver"
+            )
+        if self.h.fenced:
+            raise _errors.HostFenced(f"{operation}: the coordinator declared this host dead; attach again")
+        return self.h
+
+    cdef Buffer buffer_of(self, uint32_t id):
+        cdef dm_vma *v = &self.h.vmas[id]
+        cdef Buffer b = Buffer.__new__(Buffer)
+        b.host = self
+        b.id = id
+        b.data = <char *>dm_addr_of(self.h, v.page) + v.page_offset
+        b.length = v.length
+        b.live = True
+        v.buffer = <void *>b
+        return b
+
+    # ------------------------------------------------------------ Table II
+
+    def ralloc(self, uint64_t size, *, bint lazy=False, bint zero=True):
+        """Allocate size bytes of DM for this host alone.
+
+        Args:
+            size: bytes, above 0; rounded up to whole pages inside.
+            lazy: take address space only; a page gets its frame, zeroed, when it is first written. A store that
+                finds no frame before the host's deadline ends the process.
+            zero: clear the memory. False leaves whatever its last user left, and costs nothing.
+
+        Returns:
+            Buffer: page-aligned, writable.
+
+        Raises:
+            BadSize: size is 0.
+            OutOfFrames: the pool cannot give that much; nothing was changed.
+
+        Paper: ralloc, Table II, V-B.1. Differs: without lazy the frames are taken at once.
+        """
+        cdef dm_error err = no_error()
+        cdef dm_host *h = self.enter("ralloc")
+        cdef uint32_t id = 0
+        cdef unsigned flags = DM_ALLOC_LAZY if lazy else 0
+        cdef int s = DM_AGAIN_BLOCKING
+        if dm_try_lock(h):
+            s = dm_ralloc(h, size, flags, False, &id, &err)
+            dm_unlock(h)
+        if s == DM_AGAIN_BLOCKING:
+            self.users += 1
+            with nogil:
+                dm_lock(h)
+                s = dm_ralloc(h, size, flags, True, &id, &err)
+                dm_unlock(h)
+            self.users -= 1
+        if s:
+            raise_status(s, &err, "ralloc")
+        cdef Buffer b = self.buffer_of(id)
+        if zero and not lazy:
+            if size <= _ZERO_WITH_GIL:
+                dm_zero(h, id)
+            else:
+                self.users += 1
+                with nogil:
+                    dm_zero(h, id)
+                self.users -= 1
+        return b
+
+    def rfree(self, target):
+        """Release a whole mapping: a Buffer, or the address ralloc or map_ref gave.
+
+        Raises:
+            BadAddress: not the start of a mapping of this host; also a double free.
+            BufferInUse: views on it are alive.
+
+        Paper: rfree, Table II.
+        """
+        cdef dm_error err = no_error()
+        cdef dm_host *h
+        cdef Buffer b
+        cdef int s
+        if isinstance(target, Buffer):
+            b = <Buffer>target
+        else:
+            b = self.buffer_at(target, "rfree")
+        b.check("rfree")
+        if b.host is not self:
+            raise _errors.BadAddress("rfree: this buffer belongs to another host of this process")
+        if b.exports:
+            raise _errors.BufferInUse(f"rfree: {b.exports} views on this buffer are alive")
+        h = self.h
+        dm_lock(h)
+        s = dm_rfree(h, b.id, &err)
+        dm_unlock(h)
+        if s:
+            raise_status(s, &err, "rfree")
+        b.live = False
+        if dm_too_many_free(h):
+            self.balance()
+
+    cdef int balance(self) except -1:
+        # Frames go back to the coordinator; if it cannot be reached now they will another time.
+        cdef dm_error err = no_error()
+        cdef dm_host *h = self.h
+        self.users += 1
+        with nogil:
+            dm_lock(h)
+            dm_balance(h, &err)
+            dm_unlock(h)
+        self.users -= 1
+        return 0
+
+    cdef Buffer buffer_at(self, object address, str operation):
+        cdef uint64_t at
+        cdef uint32_t id
+        try:
+            at = address
+        except (TypeError, OverflowError) as exc:
+            raise _errors.BadAddress(f"{operation}: neither a Buffer nor an address: {address!r}") from exc
+        cdef dm_host *h = self.enter(operation)
+        id = dm_vma_at(h, at)
+        if id == 0 or dm_addr_of(h, h.vmas[id].page) + h.vmas[id].page_offset != at or h.vmas[id].buffer == NULL:
+            raise _errors.BadAddress(f"{operation}: {at:#x} is not the start of a mapping of this host")
+        return <Buffer>h.vmas[id].buffer
+
+    def create_ref(self, target, size=None, *, bint move=False):
+        """Make bytes in DM shareable. The Ref denotes what they are at this moment.
+
+        Args:
+            target: a Buffer, an object whose memory is in DM (array, memoryview), an address with size, or
+                a tuple (address, size).
+            size: bytes; only with an address.
+            move: give the mapping up instead of keeping it: nothing is protected or counted, and an exclusive buffer
+                makes an exclusive Ref. Takes a whole Buffer without views, or its address.
+
+        Returns:
+            Ref: held by this host.
+
+        Raises:
+            BadAddress, BadSize: not a range of one mapping of this host.
+            BufferInUse: move, and views are alive.
+            TooManyRefs, RefTableFull, OutOfFrames: nothing was changed.
+
+        Paper: create_ref, Table II, V-B.2. Differs: any start address, any length.
+        """
+        cdef Py_buffer view
+        cdef uint64_t at, length
+        cdef Buffer b
+        if isinstance(target, Buffer) and size is None:
+            b = <Buffer>target
+            b.check("create_ref")
+            if b.host is not self:
+                raise _errors.BadAddress("create_ref: this buffer belongs to another host of this process")
+            if move:
+                return self.move_buffer(b)
+            b.exports += 1  # pinned while the lock may be free
+            try:
+                return self.share(<uint64_t>b.data, b.length)
+            finally:
+                b.exports -= 1
+        if isinstance(target, tuple) and size is None:
+            target, size = target
+        if isinstance(target, int):
+            if move:
+                b = self.buffer_at(target, "create_ref")
+                if size is not None and <Py_ssize_t>size != b.length:
+                    raise _errors.BadSize("create_ref: a move takes the whole mapping")
+                return self.move_buffer(b)
+            if size is None:
+                raise _errors.BadSize("create_ref: an address needs a size")
+            at, length = _range(target, size)
+            return self.share_pinned(at, length)
+        if size is not None or not PyObject_CheckBuffer(target):
+            raise TypeError("create_ref: give a Buffer, an object with memory in DM, or an address and a size")
+        if move:
+            raise _errors.BufferInUse("create_ref: an array or memoryview is itself a view; move its Buffer")
+        try:
+            PyObject_GetBuffer(target, &view, PyBUF_SIMPLE)
+        except (BufferError, ValueError) as exc:
+            raise _errors.BadAddress("create_ref: the array is not contiguous") from exc
+        try:
+            return self.share(<uint64_t>view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef Ref share_pinned(self, uint64_t at, uint64_t length):
+        cdef dm_host *h = self.enter("create_ref")
+        cdef uint32_t id = dm_vma_at(h, at)
+        cdef Buffer b
+        if id == 0 or h.vmas[id].buffer == NULL:
+            raise _errors.BadAddress(f"create_ref: {at:#x} is not in a mapping of this host")
+        b = <Buffer>h.vmas[id].buffer
+        b.exports += 1
+        try:
+            return self.share(at, length)
+        finally:
+            b.exports -= 1
+
+    cdef Ref share(self, uint64_t at, uint64_t length):
+        cdef dm_error err = no_error()
+        cdef dm_ref_wire out
+        cdef dm_host *h = self.enter("create_ref")
+        cdef int s = DM_AGAIN_BLOCKING
+        if dm_vma_at(h, at) == 0:
+            _not_dm("create_ref")
+        if dm_try_lock(h):
+            s = dm_create_ref(h, at, length, False, &out, &err)
+            dm_unlock(h)
+        if s == DM_AGAIN_BLOCKING or s == DM_REF_BUSY:
+            self.users += 1
+            with nogil:
+                s = _retry_create(h, at, length, &out, &err)
+            self.users -= 1
+        if s:
+            raise_status(s, &err, "create_ref")
+        return _ref_held(self, &out)
+
+    cdef Ref move_buffer(self, Buffer b):
+        cdef dm_error err = no_error()
+        cdef dm_ref_wire out
+        cdef dm_host *h = self.enter("create_ref")
+        cdef int s = DM_AGAIN_BLOCKING
+        b.check("create_ref")
+        if b.exports:
+            raise _errors.BufferInUse(f"create_ref: {b.exports} views on this buffer are alive; it cannot move")
+        b.live = False
+        if dm_try_lock(h):
+            s = dm_move_ref(h, b.id, False, &out, &err)
+            dm_unlock(h)
+        if s == DM_AGAIN_BLOCKING:
+            self.users += 1
+            with nogil:
+                dm_lock(h)
+                s = dm_move_ref(h, b.id, True, &out, &err)
+                dm_unlock(h)
+            self.users -= 1
+        if s:
+            b.live = True
+            raise_status(s, &err, "create_ref")
+        return _ref_held(self, &out)
+
+    def map_ref(self, ref, *, bint copy=False, bint reserve=False):
+        """Turn a Ref into a mapping of this host; the Ref is used up.
+
+        Args:
+            ref: a Ref, or the 40 bytes of one.
+            copy: copy everything now into frames of this host alone, for a receiver that will overwrite most of it.
+            reserve: set frames aside for every page, so that no later store can fail for want of one.
+
+        Returns:
+            Buffer: writable. The first store to a page that others hold copies that page.
+
+        Raises:
+            BadRef: not a Ref, forged, or of another fabric.
+            RefConsumed: used before.
+            OutOfFrames: copy or reserve, and the pool cannot give that much; the Ref is as it was.
+
+        Paper: map_ref, Table II, V-B.3. Differs: a Ref is used once; clone() makes more.
+        """
+        cdef dm_error err = no_error()
+        cdef dm_ref_wire w
+        cdef dm_host *h = self.enter("map_ref")
+        cdef uint32_t id = 0
+        cdef unsigned flags = 0
+        cdef int s = DM_AGAIN_BLOCKING
+        cdef Ref r = None
+        if isinstance(ref, Ref):
+            r = <Ref>ref
+            if r.spent:
+                raise _errors.RefConsumed("map_ref: this Ref was mapped or dropped before")
+            w = r.w
+        else:
+            r = Ref.from_bytes(ref, self)
+            w = r.w
+        if copy:
+            flags |= DM_MAP_COPY
+        if reserve:
+            flags |= DM_MAP_RESERVE
+        if dm_try_lock(h):
+            s = dm_map_ref(h, &w, flags, False, &id, &err)
+            dm_unlock(h)
+        if s == DM_AGAIN_BLOCKING or s == DM_REF_BUSY:
+            self.users += 1
+            with nogil:
+                s = _retry_map(h, &w, flags, &id, &err)
+            self.users -= 1
+        if s:
+            if s == DM_ERR_REF_CONSUMED:
+                r.spent = True
+            raise_status(s, &err, "map_ref")
+        r.spent = True
+        cdef Buffer b = self.buffer_of(id)
+        if dm_too_many_free(h):
+            self.balance()
+        return b
+
+    # ------------------------------------------------------------ the host itself
+
+    def detach(self):
+        """Leave the fabric: free every buffer, drop every Ref this host still holds, give all frames back.
+
+        Idempotent. Refs that others accepted live on.
+
+        Raises:
+            BufferInUse: views on a buffer are alive, or another thread is inside a call; nothing was changed.
+        """
+        cdef dm_error err = no_error()
+        cdef dm_host *h
+        cdef uint32_t id
+        cdef int s
+        cdef Buffer b
+        if self.h == NULL:
+            return
+        h = self.enter("detach")
+        if self.users:
+            raise _errors.BufferInUse(f"detach: {self.users} calls on this host are under way in other threads")
+        for id in range(1, h.nr_vmas + 1):
+            if h.vmas[id].flags & DM_VMA_USED and h.vmas[id].buffer != NULL:
+                b = <Buffer>h.vmas[id].buffer
+                if b.exports:
+                    raise _errors.BufferInUse(f"detach: {b.exports} views on {b!r} are alive")
+        for id in range(1, h.nr_vmas + 1):
+            if h.vmas[id].flags & DM_VMA_USED and h.vmas[id].buffer != NULL:
+                (<Buffer>h.vmas[id].buffer).live = False
+        self.h = NULL
+        _hosts.pop(h.fabric_id, None)
+        with nogil:
+            s = dm_detach(h, &err)
+        raise_status(s, &err, "detach")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.detach()
+
+    @property
+    def detached(self):
+        """Whether detach() was called."""
+        return self.h == NULL
+
+    @property
+    def id(self):
+        """Host id, 1 and up. Paper: global PID."""
+        return self.enter("id").id
+
+    @property
+    def page_size(self):
+        """Bytes of a page."""
+        return 1 << self.enter("page_size").page_shift
+
+    @property
+    def handler_tid(self):
+        """Thread id of the fault handler."""
+        return self.enter("handler_tid").handler_tid
+
+    def stats(self):
+        """Return this host's counters and gauges, by name; what each means: ``COUNTERS``.
+
+        Gauges: free_frames, reserved_frames, mappings, vm_pieces (kernel mappings in use), vm_piece_limit.
+        """
+        cdef dm_host *h = self.enter("stats")
+        cdef uint32_t id
+        cdef int used = 0
+        out = {name: h.entry.counters[i] for i, (name, _) in enumerate(COUNTERS)}
+        for id in range(1, h.nr_vmas + 1):
+            used += h.vmas[id].flags & DM_VMA_USED != 0
+        out["free_frames"] = h.free.nr_free
+        out["reserved_frames"] = h.nr_reserved
+        out["mappings"] = used
+        out["vm_pieces"] = h.vm_pieces
+        out["vm_piece_limit"] = h.vm_piece_limit
+        return out
+
+    def contains(self, target):
+        """Return whether an object's memory, or an address, lies in a mapping of this host."""
+        cdef Py_buffer view
+        cdef dm_host *h = self.enter("contains")
+        cdef uint64_t at
+        if isinstance(target, int):
+            return target >= 0 and target < 1 << 64 and dm_vma_at(h, target) != 0
+        PyObject_GetBuffer(target, &view, 0x0100 | 0x0018)  # PyBUF_STRIDED_RO and format: any layout
+        at = <uint64_t>view.buf
+        PyBuffer_Release(&view)
+        return dm_vma_at(h, at) != 0
+
+    def request(self, int kind, bytes payload=b"", double deadline=0.0):
+        """Send one request of the coordinator protocol and return the answer's payload."""
+        cdef dm_error err = no_error()
+        cdef dm_host *h = self.enter("request")
+        cdef uint32_t length = 0
+        cdef bytearray reply = bytearray(WIRE["max_payload"])
+        cdef char *to = reply
+        cdef const char *data = payload
+        cdef uint32_t size = len(payload), room = len(reply)
+        cdef uint64_t wait = <uint64_t>(deadline * 1e9) if deadline > 0 else h.deadline_ns
+        cdef int s
+        self.users += 1
+        with nogil:
+            s = dm_request(h, <uint16_t>kind, data, size, to, room, &length, wait, &err)
+        self.users -= 1
+        raise_status(s, &err, "coordinator")
+        return bytes(reply[:length])
+
+
+cdef tuple _range(object at, object size):
+    if at < 0 or at >= 1 << 64 or size < 0 or size >= 1 << 63:
+        raise _errors.BadSize(f"create_ref: {size} bytes at {at} are no range of memory")
+    return at, size

@@ -1,0 +1,11 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, embedsignature=True
+"""The only boundary between Python and C.
+
+_errors.pxi  statuses become exceptions
+_device.pxi  the device file, for the coordinator and the tools
+_host.pxi    the DM layer of this process: Host, Buffer, Ref
+"""
+
+include "_errors.pxi"
+include "_device.pxi"
+include "_host.pxi"

@@ -1,0 +1,76 @@
+/*
+ * counts.c - frame words. Every count of a frame goes through here.
+ *
+ * Ordering. Taking a count is relaxed: the taker already holds one or owns the frame. Dropping one is a release,
+ * and seeing the last one go an acquire: what anybody did to the frame happens before its next use.
+ * Whoever's compare-and-swap takes a count to zero owns the frame from that very instant: the same word says so.
+ *
+ * Context: host lock held.
+ */
+#include "host.h"
+
+/* +1. The caller holds a count through a mapping or a Ref, so the frame cannot go away meanwhile. */
+int dm_count_up(struct dm_host *h, uint32_t pfn) {
+    uint64_t before = __atomic_fetch_add(&h->frames[pfn], 1, __ATOMIC_RELAXED);
+    if (dm_frame_refcount(before) < DM_REFCOUNT_MAX)
+        return DM_OK;
+    __atomic_fetch_sub(&h->frames[pfn], 1, __ATOMIC_RELAXED);
+    return DM_ERR_TOO_MANY_REFS;
+}
+
+/* 0 -> 1 for frames this host owns: nobody else may change their words, so plain stores do. */
+void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
+    uint64_t *word = h->frames + pfn;
+    for (uint32_t i = 0; i < nr; i++)
+        word[i] = (word[i] & 0xffff000000000000ull) + dm_frame_pack(1, h->id, 1);
+}
+
+/* 1 -> 0 for frames of which the caller is known to be the only holder: nobody else may touch the words. */
+void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
+    uint64_t *word = h->frames + pfn;
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    for (uint32_t i = 0; i < nr; i++)
+        word[i] = (word[i] & 0xffff000000000000ull) | dm_frame_pack(0, h->id, 0);
+}
+
+/* -1. True when it was the last: the frame is this host's now. Decided by the compare-and-swap alone. */
+bool dm_count_down(struct dm_host *h, uint32_t pfn) {
+    uint64_t word = __atomic_load_n(&h->frames[pfn], __ATOMIC_RELAXED), next;
+    do {
+        if (dm_frame_refcount(word) == 0)
+            dm_fatal(h, "frame %u has no count left to drop: the device is damaged; run `dmrpc fsck`",
+                     pfn);
+        next = dm_frame_refcount(word) == 1 ? dm_frame_pack(0, h->id, dm_frame_seq(word)) : word - 1;
+    } while (!__atomic_compare_exchange_n(&h->frames[pfn], &word, next, true, __ATOMIC_ACQ_REL,
+                                          __ATOMIC_RELAXED));
+    return dm_frame_refcount(next) == 0;
+}
+
+/* Put frames that just became free on the free list: those whose owned-window page is occupied apart. */
+void dm_frame_freed(struct dm_host *h, uint32_t pfn, uint32_t nr) {
+    uint32_t start = 0;
+    for (uint32_t i = 0; i < nr; i++) {
+        if (h->pt[pfn + i] == 0)
+            continue;
+        if (i > start)
+            dm_freelist_put(&h->free, pfn + start, i - start);
+        dm_freelist_put_displaced(&h->free, pfn + i);
+        start = i + 1;
+    }
+    if (nr > start)
+        dm_freelist_put(&h->free, pfn + start, nr - start);
+    h->entry->nr_free = h->free.nr_free;
+}
+
+/* Does the caller's count on each frame stand alone? True stays true: only a holder can add counts. */
+bool dm_all_exclusive(const struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs) {
+    for (uint32_t r = 0; r < nr_runs; r++) {
+        if (runs[r].pfn == DM_NO_FRAME)
+            continue;
+        for (uint32_t i = 0; i < runs[r].count; i++)
+            if (dm_frame_refcount(__atomic_load_n(&h->frames[runs[r].pfn + i],
+                                                  __ATOMIC_ACQUIRE)) != 1)
+                return false;
+    }
+    return true;
+}

@@ -1,0 +1,216 @@
+/*
+ * host.h - the DM layer of one host, as its parts see it.
+ *
+ * Locks. `lock` guards everything in struct dm_host but the atomics. It is held over short work only: never while
+ * waiting for the GIL, for the coordinator, or while touching a page of the windows (the layer copies through the
+ * physmap). The fault handler takes it too, so a thread may hold the GIL while waiting for it: its holders never
+ * need the GIL. `link_lock` guards the API threads' connection; it is taken with `lock` free.
+ *
+ * Addresses. One reservation holds the three registered views; a page number is an index from its start, and into
+ * the host's page table:
+ *
+ *     page 0            nr_frames          2 * nr_frames            nr_ptes
+ *     |  owned window   |  shared window   |  VMA area              |
+ */
+#ifndef DM_HOST_H
+#define DM_HOST_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "device.h"
+#include "freelist.h"
+#include "layout.h"
+#include "status.h"
+#include "wire.h"
+
+/* What the kernel shows at a page, kept so that no call is made twice. */
+#define DM_KS_PROTECTED 0x01u /* write-protected */
+#define DM_KS_REMAPPED 0x02u  /* shows another frame than its area normally does */
+#define DM_KS_UNREGISTERED 0x04u
+
+/* shown[page]: 0 when the page shows what its area normally shows (its own frame; nothing in the VMA area). */
+#define DM_SHOWN(pfn) ((pfn) + 1)
+#define DM_SHOWN_HOLE 0xffffffffu
+
+#define DM_VMA_EXCLUSIVE 0x01u /* no other holder of any frame; known, not guessed */
+#define DM_VMA_DIRTY 0x02u     /* some page is not in its window's normal state */
+#define DM_VMA_HOLES 0x04u     /* some page may have no frame */
+#define DM_VMA_USED 0x80u
+
+#define DM_NO_VMA 0u
+
+struct dm_vma { /* one mapping: what ralloc or map_ref returned */
+    uint32_t page;
+    uint32_t nr_pages;
+    uint64_t length; /* bytes the user asked for */
+    uint32_t page_offset;
+    uint32_t flags;
+    uint32_t next_fault;   /* page after the last one that a fault made writable */
+    uint32_t fault_window; /* pages to do at the next sequential fault */
+    uint32_t reserved;     /* frames promised to this mapping's later writes */
+    uint32_t next_free;
+    void *buffer; /* borrowed PyObject*, for the layer above; the DM layer never touches it */
+};
+
+struct dm_extent { /* free pages of the VMA area */
+    uint32_t page;
+    uint32_t nr;
+};
+
+struct dm_link { /* a request/response connection to the coordinator */
+    int fd;
+    uint64_t dev, ino; /* of fd: a descriptor that was closed and reused is noticed */
+    uint64_t next_request;
+    uint64_t epoch; /* of the coordinator that answered HELLO; 0: never connected */
+};
+
+struct dm_host {
+    struct dm_host *next_host; /* under attach.c's list lock */
+
+    /* set at attach, constant */
+    struct dm_device device; /* the physmap is its mapping of the data area */
+    struct dm_superblock *sb;
+    struct dm_host_entry *entry;
+    struct dm_ref_entry *refs;
+    uint64_t *frames; /* atomic words */
+    uint32_t *pt;     /* this host's page table */
+    char *physmap;
+    char *base; /* first page of the owned window */
+    uint32_t page_shift;
+    uint32_t nr_frames;
+    uint32_t nr_ptes;
+    uint32_t max_refs;
+    uint16_t id;
+    bool strict;
+    bool use_tcp;
+    bool reads_allocate; /* kernel without WP_UNPOPULATED: reading a hole takes a frame */
+    uint64_t incarnation;
+    uint64_t fabric_id;
+    size_t data_off;
+    uint32_t low, batch_max, batch_min;
+    uint64_t deadline_ns; /* longest wait for the coordinator */
+    unsigned fork_generation;
+    char name[DM_NAME_BYTES];
+    char fabric[DM_NAME_BYTES];
+
+    int device_fd, uffd;
+    uint64_t device_dev, device_ino, uffd_dev, uffd_ino;
+
+    pthread_mutex_t lock;
+    pthread_mutex_t link_lock;
+    struct dm_link link;
+
+    /* under lock */
+    struct dm_freelist free;
+    uint32_t nr_reserved; /* frames of the free list promised to mappings */
+    uint32_t batch;       /* what to ask for next */
+    uint32_t high;        /* above it: give back */
+    uint8_t *kstate;      /* DM_KS_* per page */
+    uint32_t *shown;      /* frame the kernel shows per page, see DM_SHOWN */
+    uint32_t *vma_of;     /* vma id per page of a mapping */
+    struct dm_vma *vmas;  /* slot 0 unused */
+    uint32_t nr_vma_slots, vma_free, nr_vmas;
+    struct dm_extent *extents;
+    uint32_t nr_extents, max_extents;
+    uint32_t vm_pieces, vm_piece_limit;
+    uint32_t ref_cursor, ref_hints[4];
+    uint64_t nonce_key[2], nonce_counter;
+    bool closed;
+
+    /* fault handler */
+    pthread_t handler, watcher;
+    pthread_mutex_t handler_alive; /* robust; held by the handler for its whole life */
+    int stop_fd, guard_fd;
+    _Atomic int handler_state; /* 0 starting, 1 serving, 2 told to stop, 3 stopped, negative: status */
+    _Atomic int handler_tid;
+    _Atomic bool fenced;
+    _Atomic uint32_t recall;
+};
+
+#define DM_COUNT(h, name, n) ((h)->entry->counters[DM_CNT_##name] += (n))
+
+static inline uint32_t dm_page_of(const struct dm_host *h, uint64_t addr) {
+    return (uint32_t)((addr - (uint64_t)(uintptr_t)h->base) >> h->page_shift);
+}
+static inline uint64_t dm_addr_of(const struct dm_host *h, uint32_t page) {
+    return (uint64_t)(uintptr_t)h->base + ((uint64_t)page << h->page_shift);
+}
+static inline bool dm_addr_inside(const struct dm_host *h, uint64_t addr) {
+    return addr - (uint64_t)(uintptr_t)h->base < (uint64_t)h->nr_ptes << h->page_shift;
+}
+static inline char *dm_frame_data(const struct dm_host *h, uint32_t pfn) {
+    return h->physmap + ((uint64_t)pfn << h->page_shift);
+}
+/* The frame that a window page shows in its normal state; VMA-area pages have none. */
+static inline uint32_t dm_identity(const struct dm_host *h, uint32_t page) {
+    if (page < h->nr_frames)
+        return page;
+    return page < 2 * h->nr_frames ? page - h->nr_frames : DM_NO_FRAME;
+}
+static inline uint8_t dm_normal_kstate(const struct dm_host *h, uint32_t page) {
+    return page >= h->nr_frames && page < 2 * h->nr_frames ? DM_KS_PROTECTED : 0;
+}
+
+/* ---- error.c */
+int dm_fail(struct dm_error *e, int status, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+int dm_fail_sys(struct dm_error *e, const char *syscall, uint64_t address);
+void dm_fatal(struct dm_host *h, const char *fmt, ...) __attribute__((format(printf, 2, 3), noreturn));
+uint64_t dm_now_ns(void);
+int dm_descriptor_check(int fd, uint64_t dev, uint64_t ino);
+
+/* ---- intent.h is inline; see there */
+
+/* ---- counts.c: frame words */
+int dm_count_up(struct dm_host *h, uint32_t pfn);
+void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
+void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
+bool dm_count_down(struct dm_host *h, uint32_t pfn);
+void dm_frame_freed(struct dm_host *h, uint32_t pfn, uint32_t nr);
+bool dm_all_exclusive(const struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs);
+
+/* ---- supply.c: frames from and to the coordinator */
+int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, struct dm_error *e);
+int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_run *run);
+int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run, struct dm_error *e);
+int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_error *e);
+void dm_rescan_owned(struct dm_host *h);
+
+/* ---- vma.c: mappings and the VMA area's address space */
+uint32_t dm_vma_new(struct dm_host *h, uint32_t page, uint32_t nr_pages, uint64_t length,
+                    uint32_t page_offset, uint32_t flags);
+void dm_vma_delete(struct dm_host *h, uint32_t id);
+uint32_t dm_vma_at(const struct dm_host *h, uint64_t addr);
+uint32_t dm_area_take(struct dm_host *h, uint32_t nr);
+int dm_area_give(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e);
+
+/* ---- window.c: what the kernel shows */
+int dm_protect(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e);
+int dm_unprotect(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e);
+int dm_make_ready(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e);
+int dm_show(struct dm_host *h, uint32_t page, uint32_t pfn, uint32_t nr, bool populate,
+            struct dm_error *e);
+int dm_show_holes(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e);
+int dm_restore(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e);
+int dm_wake(struct dm_host *h, uint32_t page, uint32_t nr);
+uint32_t dm_pieces_chunk(const struct dm_host *h);
+
+/* ---- link.c */
+int dm_link_open(struct dm_link *l, struct dm_host *h, bool unix_only, uint64_t deadline,
+                 struct dm_error *e);
+void dm_link_close(struct dm_link *l);
+int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const void *payload,
+                    uint32_t length, void *reply, uint32_t reply_max, uint32_t *reply_length,
+                    uint64_t deadline, struct dm_error *e);
+int dm_guard_open(struct dm_host *h, struct dm_error *e);
+
+/* ---- fault.c */
+int dm_handler_start(struct dm_host *h, struct dm_error *e);
+void dm_handler_stop(struct dm_host *h);
+
+#endif

@@ -1,0 +1,321 @@
+/*
+ * recover.c - reclaiming what a dead host held, from the device's tables alone.
+ *
+ * The host's process is gone: its page table, its intent record and the Refs it holds change no more, but for Refs that
+ * others accept at this moment (a compare-and-swap decides) and frame words that others hold too (atomics).
+ *
+ * The steps may be repeated after a crash of the coordinator at any instruction: each either is idempotent or leaves its
+ * progress in the dead host's intent record. Where one word cannot tell whether a count was dropped, it is
+ * taken as dropped: a frame with a count too many is found by the scrubber, one too few would be handed out twice.
+ *
+ *   1. the interrupted operation (one case an intent)
+ *   2. Refs the host held
+ *   3. pages it mapped
+ *   4. frames it owned with refcount 0 -> pool
+ *
+ * Context: the coordinator, one recovery of a host at a time; no host lock exists here.
+ */
+#include "recover.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "dm.h"
+
+struct recovery {
+    struct dm_device *dev;
+    struct dm_host_entry *entry;
+    struct dm_intent *intent;
+    uint32_t *pt;
+    uint16_t host;
+    uint32_t page_shift, nr_frames;
+    struct dm_recovery *out;
+};
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* ---------------------------------------------------------------- frames */
+
+/* -1; the frame goes to the pool when it was the last count. */
+static void count_down(struct recovery *r, uint32_t pfn) {
+    if (pfn >= r->nr_frames)
+        return;
+    uint64_t *at = &r->dev->frames[pfn];
+    uint64_t word = __atomic_load_n(at, __ATOMIC_RELAXED), next;
+    do {
+        if (dm_frame_refcount(word) == 0)
+            return; /* damaged; fsck tells */
+        next = dm_frame_refcount(word) == 1 ? dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word))
+                                            : word - 1;
+    } while (!__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+    r->out->frames_reclaimed += dm_frame_refcount(next) == 0;
+}
+
+/* A frame that only the dead host could touch: taken from its free list, or its alone. To the pool. */
+static void reclaim(struct recovery *r, uint32_t pfn) {
+    if (pfn >= r->nr_frames)
+        return;
+    uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE);
+    if (dm_frame_refcount(word) > 1 || (dm_frame_refcount(word) == 0 && dm_frame_owner(word) != r->host))
+        return;
+    if (__atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
+                                    dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
+                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        r->out->frames_reclaimed++;
+}
+
+static void progress(struct recovery *r, uint64_t value) {
+    __atomic_store_n(&r->intent->progress, value, __ATOMIC_RELEASE);
+}
+
+/* ---------------------------------------------------------------- Refs */
+
+static char *data_of(struct recovery *r) { return (char *)r->dev->data; }
+
+static int runs_of(struct recovery *r, const struct dm_ref_entry *entry, struct dm_runs *runs) {
+    dm_runs_init(runs);
+    int s = dm_runs_of_entry(entry, data_of(r), r->page_shift, r->nr_frames, runs);
+    if (s)
+        dm_runs_free(runs);
+    return s;
+}
+
+static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
+    while (entry->overflow < r->nr_frames) {
+        uint32_t pfn = entry->overflow;
+        const struct dm_ref_overflow *o =
+            (const struct dm_ref_overflow *)(data_of(r) + ((uint64_t)pfn << r->page_shift));
+        __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
+        /* Linked before it was counted: a frame still on the dead host's free list has no count to drop. */
+        if (dm_frame_refcount(__atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE)))
+            count_down(r, pfn);
+    }
+}
+
+static void make_free(struct dm_ref_entry *entry) {
+    uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
+    __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1),
+                     __ATOMIC_RELEASE);
+}
+
+/* Drop the counts of a Ref in state DROPPING, from frame `done` on; its progress is kept as for a living host. */
+static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
+    struct dm_ref_entry *entry = &r->dev->refs[index];
+    struct dm_runs runs;
+    if (runs_of(r, entry, &runs)) {
+        r->out->refs_damaged++;
+        return;
+    }
+    r->intent->ref = index;
+    progress(r, done);
+    __atomic_store_n(&r->intent->op, DM_INTENT_DROP, __ATOMIC_RELEASE);
+    uint64_t at = 0;
+    for (uint32_t i = 0; i < runs.nr; i++)
+        for (uint32_t k = 0; k < runs.list[i].count; k++)
+            if (at++ >= done && runs.list[i].pfn != DM_NO_FRAME) {
+                progress(r, at);
+                count_down(r, runs.list[i].pfn + k);
+            }
+    dm_runs_free(&runs);
+    free_overflow(r, entry);
+    make_free(entry);
+    __atomic_store_n(&r->intent->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
+    r->out->refs_dropped++;
+}
+
+static void drop_held_refs(struct recovery *r) {
+    for (uint32_t i = 0; i < r->dev->geo.max_refs; i++) {
+        struct dm_ref_entry *entry = &r->dev->refs[i];
+        uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
+        if (dm_ref_holder(word) != r->host)
+            continue;
+        switch (dm_ref_state(word)) {
+        case DM_REF_BUILDING:
+            free_overflow(r, entry);
+            make_free(entry);
+            break;
+        case DM_REF_LIVE:
+        case DM_REF_MAPPING:
+        case DM_REF_CLONING:
+            /* A live one may be accepted by somebody at this moment: then it is theirs. */
+            if (__atomic_compare_exchange_n(
+                    &entry->state, &word, dm_ref_pack(DM_REF_DROPPING, 0, r->host, dm_ref_gen(word)),
+                    false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                finish_drop(r, i, 0);
+            break;
+        case DM_REF_DROPPING:
+            finish_drop(r, i, 0);
+            break;
+        default:
+            break;
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- the interrupted operation */
+
+static bool ref_untouched(struct recovery *r) {
+    return __atomic_load_n(&r->dev->refs[r->intent->ref].state, __ATOMIC_ACQUIRE) ==
+           r->intent->ref_state;
+}
+
+static void clear_ptes(struct recovery *r) {
+    for (uint64_t i = 0; i < r->intent->nr; i++)
+        __atomic_store_n(&r->pt[r->intent->page + i], 0, __ATOMIC_RELEASE);
+}
+
+/* Counts that were taken for a Ref which never became live: the first `progress` of the mapping's pages. */
+static void undo_share(struct recovery *r) {
+    while (r->intent->progress > 0) {
+        uint64_t i = r->intent->progress - 1;
+        progress(r, i);
+        uint32_t pte = r->pt[r->intent->page + i];
+        if (pte & DM_PTE_PRESENT)
+            count_down(r, pte & DM_PTE_PFN);
+    }
+}
+
+static void undo_clone(struct recovery *r) {
+    struct dm_runs runs;
+    if (runs_of(r, &r->dev->refs[r->intent->ref], &runs)) {
+        r->out->refs_damaged++;
+        return;
+    }
+    uint64_t done = r->intent->progress, at = 0;
+    for (uint32_t i = 0; i < runs.nr; i++)
+        for (uint32_t k = 0; k < runs.list[i].count && at < done; k++, at++)
+            if (runs.list[i].pfn != DM_NO_FRAME)
+                count_down(r, runs.list[i].pfn + k);
+    progress(r, 0);
+    dm_runs_free(&runs);
+}
+
+/* New frames that no PTE shows yet go back; a page that does show its new frame has left the old one behind. */
+static void settle_new_frames(struct recovery *r, bool copied) {
+    const struct dm_intent *in = r->intent;
+    for (uint64_t i = 0; i < in->nr; i++) {
+        uint32_t pfn = in->pfn + (uint32_t)i, pte = r->pt[in->page + i];
+        bool shown = pte & DM_PTE_PRESENT && (pte & DM_PTE_PFN) == pfn;
+        if (!shown)
+            reclaim(r, pfn);
+        else if (copied && i == in->progress) {
+            /* Repointed, and the count of the old frame certainly not dropped: that comes after progress. */
+            progress(r, i + 1);
+            count_down(r, (uint32_t)in->old);
+        }
+    }
+}
+
+static bool intent_makes_sense(const struct recovery *r) {
+    const struct dm_intent *in = r->intent;
+    uint64_t pages = r->dev->geo.ptes_per_host;
+    return in->op <= DM_INTENT_RETURN && in->ref < r->dev->geo.max_refs && in->page <= pages &&
+           in->nr <= pages - in->page && in->progress <= in->nr + 1;
+}
+
+static void settle_intent(struct recovery *r) {
+    struct dm_intent *in = r->intent;
+    if (!intent_makes_sense(r)) {
+        r->out->refs_damaged++;
+        return;
+    }
+    struct dm_ref_entry *entry = &r->dev->refs[in->ref];
+    switch ((enum dm_intent_op)__atomic_load_n(&in->op, __ATOMIC_ACQUIRE)) {
+    case DM_INTENT_ALLOC:
+    case DM_INTENT_FREE_X:
+        clear_ptes(r);
+        for (uint64_t i = 0; i < in->nr; i++)
+            reclaim(r, in->pfn + (uint32_t)i);
+        break;
+    case DM_INTENT_SHARE:
+        if (ref_untouched(r))
+            undo_share(r);
+        break;
+    case DM_INTENT_CLONE:
+        if (ref_untouched(r))
+            undo_clone(r);
+        break;
+    case DM_INTENT_MOVE:
+        if (!ref_untouched(r)) /* the Ref went live: the counts are its own */
+            clear_ptes(r);
+        break;
+    case DM_INTENT_MAP:
+        if (in->progress == 0) {
+            clear_ptes(r); /* the counts are still the Ref's, which step 2 drops */
+        } else if (ref_untouched(r)) {
+            free_overflow(r, entry); /* the counts are the mapping's, which step 3 drops */
+            make_free(entry);
+        }
+        break;
+    case DM_INTENT_DROP:
+        if (dm_ref_state(__atomic_load_n(&entry->state, __ATOMIC_ACQUIRE)) == DM_REF_DROPPING &&
+            dm_ref_holder(entry->state) == r->host)
+            finish_drop(r, in->ref, in->progress);
+        break;
+    case DM_INTENT_COW:
+        settle_new_frames(r, true);
+        break;
+    case DM_INTENT_FILL:
+        settle_new_frames(r, false);
+        break;
+    case DM_INTENT_NONE:
+    case DM_INTENT_RETURN:
+        break;
+    }
+    __atomic_store_n(&in->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
+}
+
+/* ---------------------------------------------------------------- pages and frames */
+
+static void unmap_pages(struct recovery *r) {
+    uint64_t n = r->dev->geo.ptes_per_host;
+    for (uint64_t i = 0; i < n; i++) {
+        uint32_t pte = r->pt[i];
+        if (!pte)
+            continue;
+        __atomic_store_n(&r->pt[i], 0, __ATOMIC_RELEASE);
+        if (pte & DM_PTE_PRESENT) {
+            count_down(r, pte & DM_PTE_PFN);
+            r->out->pages_unmapped++;
+        }
+    }
+}
+
+static void take_free_frames(struct recovery *r) {
+    for (uint32_t pfn = 0; pfn < r->nr_frames; pfn++) {
+        uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_RELAXED);
+        if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == r->host)
+            reclaim(r, pfn);
+    }
+}
+
+int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *out, struct dm_error *e) {
+    uint64_t start = now_ns();
+    memset(out, 0, sizeof *out);
+    if (host == 0 || host > dev->geo.max_hosts)
+        return dm_fail(e, DM_ERR_BAD_SIZE, "host %u: the device has hosts 1 to %u", host,
+                       dev->geo.max_hosts);
+    struct recovery r = {.dev = dev,
+                         .entry = &dev->hosts[host - 1],
+                         .intent = &dev->hosts[host - 1].intent,
+                         .pt = dm_device_ptes(dev, host),
+                         .host = (uint16_t)host,
+                         .page_shift = (uint32_t)__builtin_ctz(dev->geo.page_size),
+                         .nr_frames = (uint32_t)dev->geo.nr_frames,
+                         .out = out};
+    if (__atomic_load_n(&r.entry->state, __ATOMIC_ACQUIRE) == DM_HOST_FREE)
+        return DM_OK;
+    out->intent = r.intent->op;
+    settle_intent(&r);
+    drop_held_refs(&r);
+    unmap_pages(&r);
+    take_free_frames(&r);
+    r.entry->nr_free = r.entry->nr_reserved = 0;
+    out->duration_ns = now_ns() - start;
+    return DM_OK;
+}

@@ -1,0 +1,191 @@
+"""Every exception DmRPC raises, in one tree.
+
+The first level says whose fault it is::
+
+    DmError
+    ├── MisuseError                 the caller's
+    │   ├── BadAddress (ValueError)         not the start of a range of this host; double free
+    │   ├── BadSize (ValueError)            zero, or beyond the range
+    │   ├── BadRef (ValueError)             malformed, forged, or of another fabric
+    │   ├── RefConsumed (ValueError)        already mapped, dropped, or accepted by somebody else
+    │   ├── BufferInUse (BufferError)       views on the buffer are alive
+    │   ├── TooManyRefs (OverflowError)     a refcount would overflow
+    │   ├── HostClosed (ValueError)         the host is detached
+    │   └── ForkedError                     called in a forked child
+    ├── DeviceError                 the device's
+    │   ├── DeviceNotFound (FileNotFoundError)
+    │   ├── DeviceExists (FileExistsError)  a live fabric is in the way
+    │   ├── NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt
+    │   ├── OutOfFrames (MemoryError)
+    │   ├── RefTableFull (MemoryError)
+    │   ├── AddressSpaceFull (MemoryError)
+    │   └── DeviceFull (OSError)            /dev/shm has no room
+    ├── EnvironmentFault            the machine's or its settings'
+    │   ├── UserfaultfdUnavailable (PermissionError)
+    │   ├── DescriptorLost (OSError)        closed behind our back
+    │   └── SystemCallFailed (OSError)
+    └── PeerError                   another process's
+        ├── CoordinatorLost (ConnectionError)
+        ├── CoordinatorRefused              it answered with an error
+        ├── ProtocolViolation               bytes that do not follow the protocol
+        │   ├── LocalProtocolError          ours
+        │   └── RemoteProtocolError         theirs
+        ├── DeadlineExceeded (TimeoutError)
+        ├── HostFenced                      this host was declared dead
+        ├── ServiceNotFound (LookupError)
+        └── ServiceExists (ValueError)
+"""
+
+from __future__ import annotations
+
+
+class DmError(Exception):
+    """Root of everything DmRPC raises on purpose."""
+
+
+# --------------------------------------------------------------------------- misuse
+
+
+class MisuseError(DmError):
+    """The caller asked for something that is not allowed."""
+
+
+class BadAddress(MisuseError, ValueError):
+    """Not an address of this host's DM, or not the start of a range; also a double free."""
+
+
+class BadSize(MisuseError, ValueError):
+    """A size of zero, or one that reaches beyond the range or the device."""
+
+
+class BadRef(MisuseError, ValueError):
+    """Bytes that are no Ref, a forged Ref, or one of another fabric."""
+
+
+class RefConsumed(MisuseError, ValueError):
+    """The Ref was mapped, dropped, or accepted by another holder before."""
+
+
+class BufferInUse(MisuseError, BufferError):
+    """Memory cannot be freed or moved while views on it are alive."""
+
+
+class TooManyRefs(MisuseError, OverflowError):
+    """A frame's refcount would overflow."""
+
+
+class HostClosed(MisuseError, ValueError):
+    """The host was detached from its fabric."""
+
+
+class ForkedError(MisuseError):
+    """A forked child used its parent's host. Attach again in the child, after exec or spawn."""
+
+
+# --------------------------------------------------------------------------- device
+
+
+class DeviceError(DmError):
+    """Something about the G-FAM device."""
+
+
+class DeviceNotFound(DeviceError, FileNotFoundError):
+    """No device of that name."""
+
+
+class DeviceExists(DeviceError, FileExistsError):
+    """A device of that name exists, and a live fabric may be using it."""
+
+
+class NotADevice(DeviceError):
+    """The file is not a G-FAM device."""
+
+
+class DeviceTruncated(DeviceError):
+    """The file is shorter than its superblock says."""
+
+
+class DeviceVersionMismatch(DeviceError):
+    """The device was formatted by another layout version."""
+
+
+class DeviceCorrupt(DeviceError):
+    """The superblock's checksum or geometry is wrong."""
+
+
+class OutOfFrames(DeviceError, MemoryError):
+    """Neither this host nor the coordinator has enough free frames; nothing was changed."""
+
+
+class RefTableFull(DeviceError, MemoryError):
+    """Every entry of the device's Ref table is in use."""
+
+
+class AddressSpaceFull(DeviceError, MemoryError):
+    """The VMA area has no free range of that size."""
+
+
+class DeviceFull(DeviceError, OSError):
+    """The file system that holds the device has no room left."""
+
+
+# --------------------------------------------------------------------------- environment
+
+
+class EnvironmentFault(DmError):
+    """The machine, its kernel or its settings do not allow it."""
+
+
+class UserfaultfdUnavailable(EnvironmentFault, PermissionError):
+    """userfaultfd is missing, lacks a feature, or is not permitted; the message says how to allow it."""
+
+
+class DescriptorLost(EnvironmentFault, OSError):
+    """A file descriptor of the DM layer was closed behind its back."""
+
+
+class SystemCallFailed(EnvironmentFault, OSError):
+    """A system call failed in a way that has no exception of its own."""
+
+
+# --------------------------------------------------------------------------- peers
+
+
+class PeerError(DmError):
+    """Another process failed, vanished or misbehaved."""
+
+
+class CoordinatorLost(PeerError, ConnectionError):
+    """The coordinator cannot be reached, or the connection to it broke."""
+
+
+class CoordinatorRefused(PeerError):
+    """The coordinator answered with an error."""
+
+
+class ProtocolViolation(PeerError):
+    """Bytes on a connection that do not follow the protocol."""
+
+
+class LocalProtocolError(ProtocolViolation):
+    """This side tried to send something the protocol does not allow."""
+
+
+class RemoteProtocolError(ProtocolViolation):
+    """The other side sent something the protocol does not allow."""
+
+
+class DeadlineExceeded(PeerError, TimeoutError):
+    """No answer before the deadline."""
+
+
+class HostFenced(PeerError):
+    """This host was declared dead by the coordinator and must not touch the fabric any more."""
+
+
+class ServiceNotFound(PeerError, LookupError):
+    """No service of that name is published."""
+
+
+class ServiceExists(PeerError, ValueError):
+    """A live host has already published a service of that name."""

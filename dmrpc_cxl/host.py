@@ -1,0 +1,127 @@
+"""A process on a fabric: attach, the paper's Table II, and arrays that live in DM.
+
+>>> import dmrpc_cxl
+>>> with dmrpc_cxl.attach(fabric_name) as host:
+...     numbers = host.array([1, 2, 3])
+...     ref = host.create_ref(numbers)  # what the numbers are now
+...     numbers[0] = 99                 # copy-on-write: the Ref does not see it
+...     with host.map_ref(ref) as received:
+...         received.numpy(numbers.dtype).tolist()
+...     del numbers
+[1, 2, 3]
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from ._native import Buffer, Ref
+from .errors import DeviceNotFound
+
+__all__ = ["Buffer", "Host", "Ref", "attach"]
+
+_DEVICE_FOLDER = "/dev/shm"
+
+
+class Host(_native.Host):
+    """A process attached to a fabric. Made by :func:`attach`; thread-safe; not usable in forked children."""
+
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
+        """Return an uninitialised ndarray that lives in DM; its memory is freed with its last view."""
+        return self._array(shape, np.dtype(dtype), zero=False)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
+        """Return an ndarray of zeros that lives in DM; its memory is freed with its last view."""
+        return self._array(shape, np.dtype(dtype), zero=True)
+
+    def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+        """Return a copy of values as an ndarray that lives in DM."""
+        source = np.asarray(values, dtype)
+        target = self._array(source.shape, source.dtype, zero=False)
+        target[...] = source
+        return target
+
+    def _array(
+        self, shape: int | tuple[int, ...], dtype: np.dtype[Any], *, zero: bool
+    ) -> npt.NDArray[Any]:
+        if dtype.hasobject:
+            raise TypeError(
+                f"{dtype} holds Python objects, whose pointers mean nothing to other processes"
+            )
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = dtype.itemsize
+        for length in shape:
+            nbytes *= length
+        buffer = self.ralloc(max(nbytes, 1), zero=zero)
+        return np.ndarray(shape, dtype, buffer=memoryview(buffer))
+
+
+def attach(
+    fabric: str,
+    *,
+    name: str | None = None,
+    transport: str = "unix",
+    strict: bool = False,
+    low: int = 0,
+    high: int = 0,
+    batch: int = 0,
+    deadline: float = 5.0,
+    reads_allocate: bool = False,
+    user_mode_only: bool = False,
+) -> Host:
+    """Join a fabric: register with its coordinator, map the device, start the fault handler.
+
+    Args:
+        fabric: name of the fabric, as given to ``dmrpc fabric create``.
+        name: how this host appears in listings; default ``pid-<pid>``.
+        transport: "unix" or "tcp", for requests to the coordinator.
+        strict: also write-protect what this host moves away, for code that keeps raw pointers.
+        low: frames below which to ask for more; 0 takes the coordinator's default.
+        high: frames above which to give back; 0 takes the coordinator's default.
+        batch: frames to ask for at once at first; 0 takes the coordinator's default.
+        deadline: seconds to wait for the coordinator, above all for free frames.
+        reads_allocate: take a frame when a hole is read, as kernels before 6.4 make us do.
+        user_mode_only: open userfaultfd so that unprivileged users may; stores by the kernel into shared
+            pages (``recv_into``) then fail with EFAULT instead of being copied.
+
+    Returns:
+        Host: attached; a context manager that detaches.
+
+    Raises:
+        DeviceNotFound: no such fabric.
+        NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt: its device cannot be used.
+        CoordinatorLost: nobody serves it.
+        UserfaultfdUnavailable: this user or kernel cannot; says how to allow it.
+    """
+    if transport not in ("unix", "tcp"):
+        raise ValueError(f"transport: 'unix' or 'tcp', not {transport!r}")
+    if not fabric or "/" in fabric or fabric.startswith("."):
+        raise ValueError(f"not a fabric name: {fabric!r}")
+    path = f"{_DEVICE_FOLDER}/{fabric}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise DeviceNotFound(
+            f"no fabric {fabric!r}: {path} does not exist; create it with `dmrpc fabric create {fabric}`"
+        ) from None
+    try:
+        return Host(
+            fd,
+            fabric,
+            name or f"pid-{os.getpid()}",
+            use_tcp=transport == "tcp",
+            strict=strict,
+            reads_allocate=reads_allocate,
+            user_mode_only=user_mode_only,
+            low=low,
+            high=high,
+            batch=batch,
+            deadline=deadline,
+        )
+    finally:
+        os.close(fd)

@@ -1,0 +1,19 @@
+"""What all tests share."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# No example is judged by the clock: how fast something is, benchmarks/ measures. A failure prints
+# the blob that repeats it.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile(
+    "campaign",  # make fuzz
+    deadline=None,
+    print_blob=True,
+    max_examples=20_000,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# Hypothesis's own profile "ci" tries the same examples every time: the merge of one change is not
+# held up by what luck finds in another.
+settings.load_profile("ci" if os.environ.get("CI") else "default")
