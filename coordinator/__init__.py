@@ -1,7 +1,9 @@
 """The coordinator: the service that owns a fabric's free frames and knows its hosts.
 
-It keeps nothing that it cannot build again from the device, so it may be killed and started at any time: hosts that have
-free frames do not notice, others wait for it. docs/coordinator-protocol.md describes the conversation.
+It keeps nothing that it cannot build again from the device, so it may be killed and started at any
+    time: hosts that have
+free frames do not notice, others wait for it. docs/coordinator-protocol.md describes the
+conversation.
 
 Map of the package, from pure to not; each module imports only from those above it::
 

@@ -1,4 +1,6 @@
-"""``python -m dmrpc_cxl.coordinator FABRIC``: run the coordinator of a fabric until it is told to stop."""
+"""``python -m dmrpc_cxl.coordinator FABRIC``: run the coordinator of a fabric until it is told to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import click
 
@@ -16,6 +21,8 @@ from .connection import TimeLimits
 from .ledger import Policy
 from .listening import parse_address
 from .server import Server, Settings, raise_descriptor_limit
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -29,10 +36,20 @@ async def run(settings: Settings, ready_fd: int | None) -> None:
 
     def ready(server: Server) -> None:
         if ready_fd is not None:
-            with open(ready_fd, "w", encoding="utf-8") as stream:
+            with suppress(BrokenPipeError), open(ready_fd, "w", encoding="utf-8") as stream:
                 stream.write(f"ready pid={os.getpid()} {server.where}\n")
 
     await server.serve(ready)
+
+
+def _number(name: str, default: int, text: str, least: int = 1) -> Callable[[_F], _F]:
+    kind = click.IntRange(least, 2**31 - 1)
+    return click.option(name, type=kind, default=default, show_default=True, help=text)
+
+
+def _seconds(name: str, default: float, text: str) -> Callable[[_F], _F]:
+    kind = click.FloatRange(0, 3600)
+    return click.option(name, type=kind, default=default, show_default=True, help=text)
 
 
 @click.command()
@@ -42,14 +59,14 @@ async def run(settings: Settings, ready_fd: int | None) -> None:
 @click.option("--tcp-anywhere", is_flag=True, help="Allow --tcp addresses that others can reach.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--ready-fd", type=int, help="Descriptor that gets a line when the fabric is served.")
-@click.option("--batch", default=Policy.batch, show_default=True, help="Frames handed out at once.")
-@click.option("--low", default=Policy.low, show_default=True, help="A host below asks for more.")
-@click.option("--high", default=Policy.high, show_default=True, help="A host above gives back.")
-@click.option("--batch-max", default=Policy.batch_max, show_default=True, help="Largest batch.")
-@click.option("--frame-limit", default=0, show_default=True, help="Most frames a host may hold.")
-@click.option("--recall-timeout", default=1.0, show_default=True, help="Wait for other hosts, s.")
-@click.option("--hello-timeout", default=5.0, show_default=True, help="Wait for HELLO, s.")
-@click.option("--max-connections", default=4096, show_default=True)
+@_number("--batch", Policy.batch, "Frames handed out at once.")
+@_number("--low", Policy.low, "A host with fewer free frames asks for more.", least=0)
+@_number("--high", Policy.high, "A host with more free frames gives some back.")
+@_number("--batch-max", Policy.batch_max, "Most frames that a growing batch reaches.")
+@_number("--frame-limit", 0, "Most frames that a host may hold; 0: any number.", least=0)
+@_seconds("--recall-timeout", 1.0, "Longest wait for frames that other hosts are asked for, s.")
+@_seconds("--hello-timeout", TimeLimits.hello, "Longest wait for an introduction, s.")
+@_number("--max-connections", 4096, "Most connections at a time.")
 def main(
     fabric: str,
     socket: str | None,
@@ -66,7 +83,12 @@ def main(
     hello_timeout: float,
     max_connections: int,
 ) -> None:
-    """Run the coordinator of FABRIC: it owns the free frames of the device and hands them out to hosts."""
+    """Run the coordinator of FABRIC, which hands out the device's free frames to hosts."""
+    if ready_fd is not None:
+        try:
+            os.fstat(ready_fd)
+        except OSError:
+            raise click.BadParameter(f"{ready_fd} is not open", param_hint="--ready-fd") from None
     logging.basicConfig(
         level=log_level.upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
@@ -85,7 +107,7 @@ def main(
         )
         raise_descriptor_limit()
         asyncio.run(run(settings, ready_fd))
-    except DmError as error:
+    except (DmError, OSError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
         click.echo(f"dmrpc coordinator: {text}", err=True)
         sys.exit(1)

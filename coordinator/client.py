@@ -1,4 +1,6 @@
-"""A synchronous client of the coordinator, for tools and tests. Hosts have one of their own, in C."""
+"""A synchronous client of the coordinator, for tools and tests. Hosts have one of their own, in
+C.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Client:
         secret: bytes,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        """Connect to a Unix path or a TCP address; `timeout` is the time limit of every request, in seconds.
+        """Connect to a Unix path or a TCP address; `timeout` is the time limit of every request, in
+        seconds.
 
         Raises:
             CoordinatorLost: nobody listens there.
@@ -74,8 +77,9 @@ class Client:
         if tcp:
             address = (found["tcp_host"], found["tcp_port"])
         if not found["coordinator_pid"] or not (found["tcp_port"] if tcp else address):
+            kind = "TCP" if tcp else "a Unix socket"
             raise CoordinatorLost(
-                f"no coordinator of fabric {found['name']} listens on {'TCP' if tcp else 'a Unix socket'}: "
+                f"no coordinator of fabric {found['name']} listens on {kind}: "
                 f"start one with `python -m dmrpc_cxl.coordinator {found['name']}`"
             )
         return cls(address, found["fabric_id"], found["secret"], timeout)
@@ -117,7 +121,8 @@ class Client:
 
         Raises:
             LocalProtocolError: not now, or not with that payload; nothing was sent.
-            CoordinatorLost, RemoteProtocolError, DeadlineExceeded: no answer, or none that can be used.
+            CoordinatorLost, RemoteProtocolError, DeadlineExceeded: no answer, or none that can be
+                used.
             OutOfFrames, HostFenced, ServiceNotFound, ServiceExists, Refused, ...: it was refused.
         """
         data = self._protocol.request(kind, body)
@@ -212,7 +217,9 @@ class Client:
         return registered
 
     def guard(self, host: int, incarnation: int, userfaultfd: int) -> None:
-        """Have the coordinator keep a duplicate of a userfaultfd; then only `next_notice` is of use."""
+        """Have the coordinator keep a duplicate of a userfaultfd; then only `next_notice` is of
+        use.
+        """
         self.request(MsgType.GUARD, Rejoin(incarnation, host), descriptors=[userfaultfd])
 
     def grant(self, want: int, min_run: int = 0) -> list[Run]:

@@ -1,10 +1,11 @@
-"""One accepted connection: a raw socket, its end of the protocol, its time limits, and the descriptors it was sent.
+"""One accepted connection: a raw socket, its end of the protocol, its time limits, and the
+descriptors it was sent.
 
 Facts that shape this file:
-  - asyncio's transports read with recv(2), which throws descriptors in flight away. So the socket is read here, with
-    recvmsg(2), by a reader callback of the event loop.
-  - The callback runs also while a request is being served. So the end of the peer is noticed at once, and whoever
-    waits on its behalf can wait for `gone` as well.
+  - asyncio's transports read with recv(2), which throws descriptors in flight away. So the socket
+    is read here, with recvmsg(2), by a reader callback of the event loop.
+  - The callback runs also while a request is being served. So the end of the peer is noticed at
+    once, and whoever waits on its behalf can wait for `gone` as well.
   - A connection closed by the peer says nothing about the peer's life; that is watched elsewhere.
 """
 
@@ -88,7 +89,9 @@ class Connection:
         return self.peer_pid is not None
 
     def peer_closed(self) -> bool:
-        """Ask the kernel whether the peer has closed its end, though the event loop may not have seen it yet."""
+        """Ask the kernel whether the peer has closed its end, though the event loop may not have
+        seen it yet.
+        """
         if self.gone.is_set():
             return True
         poll = select.poll()
@@ -101,7 +104,9 @@ class Connection:
         return taken
 
     def notify(self, kind: MsgType, body: Any = None) -> bool:
-        """Say something on a guard connection without waiting. False: the peer is gone or does not read."""
+        """Say something on a guard connection without waiting. False: the peer is gone or does not
+        read.
+        """
         if self.gone.is_set() or self.protocol.state is not State.GUARD:
             return False
         data = self.protocol.notify(kind, body)
@@ -166,7 +171,9 @@ class Connection:
                 self._advance()
 
     def _advance(self) -> None:
-        """Serve the next request if it is complete. A second one before the first is answered ends the connection."""
+        """Serve the next request if it is complete. A second one before the first is answered ends
+        the connection.
+        """
         try:
             # While an answer is on its way out the next request may come in already, and waits.
             while not self._sending and not self.gone.is_set():

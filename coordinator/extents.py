@@ -1,8 +1,9 @@
 """A set of free frames, kept as extents: maximal runs of consecutive frame numbers.
 
-Two sorted lists describe the same set, one by frame number and one by length, so that the neighbours of a run and
-the best fit for a length are found by bisection. Insertion into a list moves memory, which is cheaper than
-a tree up to hundreds of thousands of extents; frames that come back coalesce, so there are few.
+Two sorted lists describe the same set, one by frame number and one by length, so that the
+neighbours of a run and the best fit for a length are found by bisection. Insertion into a list
+moves memory, which is cheaper than a tree up to hundreds of thousands of extents; frames that come
+back coalesce, so there are few.
 
 Pure: no device, no clock.
 """
@@ -20,7 +21,7 @@ class Run(NamedTuple):
     """Consecutive frames: the first one's number and how many."""
 
     pfn: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs
 
     @property
     def end(self) -> int:
@@ -29,7 +30,9 @@ class Run(NamedTuple):
 
 
 class FrameConflict(DeviceError):
-    """Frames that are said to become free are in the pool already, or are no frames of the device."""
+    """Frames that are said to become free are in the pool already, or are no frames of the
+    device.
+    """
 
 
 class Extents:
@@ -82,7 +85,9 @@ class Extents:
         return self._by_length[-1][0] if self._by_length else 0
 
     def missing(self, pfn: int, count: int) -> list[Run]:
-        """Return the parts of frames [pfn, pfn + count) that are not in the set, by frame number."""
+        """Return the parts of frames [pfn, pfn + count) that are not in the set, by frame
+        number.
+        """
         self._check(pfn, count)
         parts: list[Run] = []
         end = pfn + count
@@ -100,7 +105,8 @@ class Extents:
         return parts
 
     def add(self, pfn: int, count: int) -> None:
-        """Put frames [pfn, pfn + count) in, all or nothing, and coalesce them with their neighbours.
+        """Put frames [pfn, pfn + count) in, all or nothing, and coalesce them with their
+        neighbours.
 
         Raises:
             FrameConflict: one of them is in the set already, or is no frame of the device.
@@ -126,7 +132,8 @@ class Extents:
         """Take up to `want` frames out, in as few runs as possible and at most `max_runs`.
 
         One run if one is long enough, cut from the extent that fits best; otherwise the longest
-        extents, whole, then the best fit for what remains. Nothing is taken when no extent has `min_run` frames.
+        extents, whole, then the best fit for what remains. Nothing is taken when no extent has
+        `min_run` frames.
         """
         if want < 1 or self.longest < max(min_run, 1):
             return []
@@ -145,9 +152,7 @@ class Extents:
 
     def _check(self, pfn: int, count: int) -> None:
         if count < 1 or pfn < 0 or pfn + count > self.nr_frames:
-            raise FrameConflict(
-                f"a run of {count} frames from {pfn} is not within the {self.nr_frames} of the device"
-            )
+            raise FrameConflict(f"{count} frames from {pfn} on: the device has {self.nr_frames}")
 
     def _insert(self, pfn: int, count: int) -> None:
         self._starts.insert(bisect_left(self._starts, pfn), pfn)

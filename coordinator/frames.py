@@ -1,11 +1,13 @@
 """The ledger's decisions about frames, carried out on the device's frame words.
 
-A frame belongs to whom its word says. A grant changes the words first and is answered afterwards; a RETURN names
-frames whose words its host has changed, and they are counted when the words agree. So an answer or a RETURN that is
-lost loses no frame: hosts look for words that name them when they have lost a connection, and the coordinator looks for
+A frame belongs to whom its word says. A grant changes the words first and is answered afterwards; a
+RETURN names frames whose words its host has changed, and they are counted when the words agree. So
+an answer or a RETURN that is lost loses no frame: hosts look for words that name them when they
+    have lost a connection, and the coordinator looks for
 words that name the pool before it says that there is nothing left.
 
-Ledger and words are changed together, in the event loop, without waiting in between: nobody else takes frames from
+Ledger and words are changed together, in the event loop, without waiting in between: nobody else
+    takes frames from
 the pool, so a word that names the pool stays as it is until the ledger gives the frame away.
 """
 
@@ -57,12 +59,14 @@ class Frames:
         return given
 
     def take_back(self, account: HostAccount, runs: list[Run]) -> None:
-        """Count frames into the pool that a RETURN names, as far as their words say so and they are not counted yet.
+        """Count frames into the pool that a RETURN names, as far as their words say so and they are
+        not counted yet.
 
         A RETURN that is repeated, since its answer was lost, counts nothing the second time.
 
         Raises:
-            RemoteProtocolError: the runs name more frames than the device has, or other ones; nothing was counted.
+            RemoteProtocolError: the runs name more frames than the device has, or other ones;
+                nothing was counted.
         """
         claimed = sum(run.count for run in runs)
         if claimed > self._ledger.nr_frames:
@@ -80,17 +84,21 @@ class Frames:
             )  # fmt: skip
 
     async def look_for_lost(self) -> int:
-        """Count frames into the pool whose words name it and that the ledger does not have. Returns how many.
+        """Count frames into the pool whose words name it and that the ledger does not have. Returns
+        how many.
 
         Such are the frames of reclaimed hosts, and those of a RETURN that did not arrive.
         """
         loop = asyncio.get_running_loop()
-        # The list may be out of date by the time it is here: the ledger and the words are asked again.
+        # The list may be out of date by the time it is here: the ledger and the words are asked
+        # again.
         candidates = await loop.run_in_executor(self._threads, self._device.free_runs, POOL)
         return self._ledger.found(self._confirmed(Run(*run) for run in candidates))
 
     def _confirmed(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Yield the parts of `runs` that are the pool's and not in the ledger, one after the other has been counted."""
+        """Yield the parts of `runs` that are the pool's and not in the ledger, one after the other
+        has been counted.
+        """
         for run in runs:
             for part in self._ledger.pool.missing(*run):
                 # From the pool to the pool: changes nothing, but looks at every word.

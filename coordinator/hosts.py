@@ -1,13 +1,15 @@
 """The hosts that are attached: how they come, how they are watched, how they go.
 
 Rules of this file:
-  - Whether a process lives is decided by its pidfd and by nothing else. A connection that closes is no death.
-  - Leaving and dying are one path, `_retire`: the host entry becomes DEAD, names go, the device is reclaimed by native
-    code in a thread, frames are counted, the slot becomes free.
-  - The duplicate of a host's userfaultfd is what keeps its windows protected when the host loses its own. So
-    it is closed last: when the process is gone, or has left and closed the guard connection.
-  - An incarnation is the random token that the host registered with. So a repeated REGISTER is known even by a
-    coordinator that was started after the first one: the token is in the device.
+  - Whether a process lives is decided by its pidfd and by nothing else. A connection that closes is
+    no death.
+  - Leaving and dying are one path, `_retire`: the host entry becomes DEAD, names go, the device is
+    reclaimed by native code in a thread, frames are counted, the slot becomes free.
+  - The duplicate of a host's userfaultfd is what keeps its windows protected when the host loses
+    its own. So it is closed last: when the process is gone, or has left and closed the guard
+    connection.
+  - An incarnation is the random token that the host registered with. So a repeated REGISTER is
+    known even by a coordinator that was started after the first one: the token is in the device.
 """
 
 from __future__ import annotations
@@ -95,7 +97,9 @@ class Hosts:
         changes: Changes,
         threads: Executor,
     ) -> None:
-        """Begin empty; `changes` is announced when hosts come and go. Must be called in the event loop."""
+        """Begin empty; `changes` is announced when hosts come and go. Must be called in the event
+        loop.
+        """
         self.epoch = 0
         self.reclaims: deque[Reclaim] = deque(maxlen=32)
         self.nr_reclaims = 0
@@ -139,7 +143,9 @@ class Hosts:
     # ---------------------------------------------------------------- coming
 
     async def restore(self) -> None:
-        """Take over the hosts of an earlier coordinator from the device, and reclaim those whose process is gone."""
+        """Take over the hosts of an earlier coordinator from the device, and reclaim those whose
+        process is gone.
+        """
         dead: list[LiveHost] = []
         for entry in self._device.hosts():
             slot: int = entry["host"]
@@ -174,7 +180,8 @@ class Hosts:
         async with self._admission:
             host = self._with_token(ask.token)
             if host is None:
-                # Not to be torn apart by the end of the connection: the slot is taken, or it is not.
+                # Not to be torn apart by the end of the connection: the slot is taken, or it is
+                # not.
                 host = await asyncio.shield(self._admit(connection, ask))
             else:
                 self._check_process(connection, host)
@@ -192,7 +199,8 @@ class Hosts:
         return self._bind(connection, host)
 
     def guard(self, connection: Connection, ask: Rejoin) -> None:
-        """Keep the userfaultfd that came with the request, and use the connection to speak to the host.
+        """Keep the userfaultfd that came with the request, and use the connection to speak to the
+        host.
 
         Raises:
             RemoteProtocolError: not exactly one descriptor, or not a userfaultfd.
@@ -240,7 +248,9 @@ class Hosts:
         return host
 
     def _process_of(self, connection: Connection, ask: Register) -> Process:
-        """Find the process that registers. Its own word counts only for what the kernel does not say."""
+        """Find the process that registers. Its own word counts only for what the kernel does not
+        say.
+        """
         pid, started = ask.pid, ask.start_time or None
         if connection.peer_pid is not None:
             pid = connection.peer_pid
@@ -252,8 +262,8 @@ class Hosts:
         if process is None:
             raise Refused(
                 Status.DENIED,
-                f"the coordinator sees no live process {pid} with start time {started}; a host has to run on "
-                "the coordinator's machine, in its pid namespace or below it",
+                f"the coordinator sees no live process {pid} with start time {started}; a host "
+                "has to run on the coordinator's machine, in its pid namespace or below it",
             )
         return process
 
@@ -336,7 +346,8 @@ class Hosts:
                 )
                 found = await self._frames.look_for_lost()
         except DmError:
-            # The slot stays DEAD: nothing of it is given to anybody. The next coordinator tries again.
+            # The slot stays DEAD: nothing of it is given to anybody. The next coordinator tries
+            # again.
             log.exception("%s could not be reclaimed; its slot and frames stay as they are", host)
         else:
             self._device.set_host_state(account.host, DEAD, FREE)
@@ -356,7 +367,9 @@ class Hosts:
             self._changes.announce()
 
     def _let_go(self, host: LiveHost) -> None:
-        """Close the guard of a retired host once nothing needs it: the process is gone, or let go of it after leaving."""
+        """Close the guard of a retired host once nothing needs it: the process is gone, or let go
+        of it after leaving.
+        """
         if host not in self._lingering or (host.process is not None and host.guard is not None):
             return
         self._lingering.discard(host)

@@ -1,6 +1,8 @@
-"""The coordinator's books: which frames are in the pool, which hosts there are, what each was granted.
+"""The coordinator's books: which frames are in the pool, which hosts there are, what each was
+granted.
 
-Pure: no device, no sockets, no clock. The frame words of the device are the truth about ownership; the ledger holds
+Pure: no device, no sockets, no clock. The frame words of the device are the truth about ownership;
+    the ledger holds
 what it takes to choose frames and slots quickly, and all of it can be built again from the device.
 
 Life of a host slot::
@@ -76,13 +78,15 @@ class HostAccount:
     watermarks: Watermarks
     alive: bool = True
     granted: int = 0
-    """Frames, as long as this coordinator has known the host; so are the next three, in their units."""
+    """Frames, as long as this coordinator has known the host; so are the next three, in their
+    units.
+    """
     returned: int = 0
     grants: int = 0
     returns: int = 0
     charged: int = 0
-    """Frames that count against the host's limit: granted to it, less what it returned. Frames that travel to
-    other hosts inside Refs stay on the account of the host that asked for them."""
+    """Frames that count against the host's limit: granted to it, less what it returned. Frames that
+    travel to other hosts inside Refs stay on the account of the host that asked for them."""
 
 
 @dataclass
@@ -97,7 +101,9 @@ class Totals:
     frames_not_counted: int = 0
     """Frames of RETURN messages that were not the pool's, or were counted before."""
     frames_found: int = 0
-    """Frames that came to the pool without a RETURN: of dead hosts, or of a RETURN that never arrived."""
+    """Frames that came to the pool without a RETURN: of dead hosts, or of a RETURN that never
+    arrived.
+    """
     frames_lost: int = 0
     """Frames of the pool whose word turned out to say otherwise."""
 
@@ -121,7 +127,9 @@ class Ledger:
         pool: Iterable[tuple[int, int]],
         policy: Policy | None = None,
     ) -> Ledger:
-        """Build the books of a device whose pool is made of these runs; hosts are readmitted afterwards."""
+        """Build the books of a device whose pool is made of these runs; hosts are readmitted
+        afterwards.
+        """
         return cls(nr_frames, max_hosts, Extents(nr_frames, pool), policy or Policy())
 
     # ---------------------------------------------------------------- hosts
@@ -129,8 +137,8 @@ class Ledger:
     def negotiate(self, low: int = 0, high: int = 0, batch: int = 0) -> Watermarks:
         """Turn a host's wishes (0: none) into watermarks that leave something for the others.
 
-        A host's fair share of idle frames is an eighth of the device, less when many hosts are live: all of them
-        together sit on about half of the device at most.
+        A host's fair share of idle frames is an eighth of the device, less when many hosts are
+        live: all of them together sit on about half of the device at most.
         """
         live = 1 + sum(account.alive for account in self.hosts.values())
         share = max(1, self.nr_frames // max(8, 2 * live))
@@ -155,7 +163,9 @@ class Ledger:
     def readmit(
         self, host: int, incarnation: int, name: str, alive: bool, free: int
     ) -> HostAccount:
-        """Enter a host that the device's host table knows from an earlier coordinator; it has `free` free frames."""
+        """Enter a host that the device's host table knows from an earlier coordinator; it has
+        `free` free frames.
+        """
         account = HostAccount(host, incarnation, name, self.negotiate(), alive, charged=free)
         self.hosts[host] = account
         return account
@@ -208,7 +218,8 @@ class Ledger:
         return runs
 
     def give_back(self, account: HostAccount, runs: Iterable[Run], claimed: int) -> int:
-        """Put runs into the pool that a RETURN of `claimed` frames named and the device confirmed. Returns frames.
+        """Put runs into the pool that a RETURN of `claimed` frames named and the device confirmed.
+        Returns frames.
 
         Raises:
             FrameConflict: one of the frames is in the pool already; the runs before it were put in.
@@ -226,7 +237,9 @@ class Ledger:
         return counted
 
     def found(self, runs: Iterable[Run]) -> int:
-        """Put runs into the pool that the device says are the pool's and the books do not have. Returns frames."""
+        """Put runs into the pool that the device says are the pool's and the books do not have.
+        Returns frames.
+        """
         frames = 0
         for run in runs:
             self.pool.add(*run)
@@ -235,7 +248,9 @@ class Ledger:
         return frames
 
     def lost(self, account: HostAccount, frames: int) -> None:
-        """Take note that `frames` of a grant could not be handed over: their words say they are not the pool's."""
+        """Take note that `frames` of a grant could not be handed over: their words say they are
+        not the pool's.
+        """
         account.granted -= frames
         account.charged -= frames
         self.totals.frames_granted -= frames

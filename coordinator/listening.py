@@ -1,7 +1,7 @@
 """The sockets that the coordinator listens on, and what can be wrong with them.
 
-The file of a Unix socket outlives the process that made it. Who finds one tries to connect: nobody answers on a stale one,
-which may be replaced.
+The file of a Unix socket outlives the process that made it. Who finds one tries to connect: nobody
+answers on a stale one, which may be replaced.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class UnixListener:
         room = LAYOUT["UNIX_PATH_BYTES"] - 1
         if len(os.fsencode(self.path)) > room:
             raise BadSize(
-                f"socket path {self.path} has {len(os.fsencode(self.path))} bytes, at most {room} fit: choose a "
-                "shorter one with --socket"
+                f"socket path {self.path} has {len(os.fsencode(self.path))} bytes, at most {room} fit: "
+                "choose a shorter one with --socket"
             )
         self._clear_the_way()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -61,14 +61,16 @@ class UnixListener:
             return  # bind will say what is wrong, if anything is
         if not stat.S_ISSOCK(found.st_mode):
             raise CannotListen(
-                f"{self.path} exists and is no socket: remove it, or choose another path with --socket"
+                f"{self.path} exists and is no socket: remove it, "
+                "or choose another path with --socket"
             )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             refused = probe.connect_ex(self.path)
         if refused != errno.ECONNREFUSED:
             raise CannotListen(
-                f"somebody else listens at {self.path}: stop them, or choose another path with --socket"
+                f"somebody else listens at {self.path}: stop them, "
+                "or choose another path with --socket"
             )
         os.unlink(self.path)
 
@@ -109,8 +111,8 @@ def listen_tcp(host: str, port: int, *, anywhere: bool) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     if not anywhere and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise MisuseError(
-            f"--tcp {host} can be reached from other machines, and the fabric's secret travels in the clear: "
-            "use 127.0.0.1, or add --tcp-anywhere if that is meant"
+            f"--tcp {host} can be reached from other machines, and the fabric's secret travels in "
+            "the clear: use 127.0.0.1, or add --tcp-anywhere if that is meant"
         )
     listener = socket.socket(family, kind, protocol)
     try:
@@ -119,10 +121,9 @@ def listen_tcp(host: str, port: int, *, anywhere: bool) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        hint = "choose another port, or 0 for any free one" if error.errno == errno.EADDRINUSE else (
-            "choose an address of this machine"
-        )  # fmt: skip
+        taken = error.errno == errno.EADDRINUSE
         raise CannotListen(
-            f"cannot listen on TCP {host}:{port}: {error.strerror}; {hint}"
+            f"cannot listen on TCP {host}:{port}: {error.strerror}; "
+            + ("choose another port, or 0 for any free one" if taken else "choose another address")
         ) from error
     return listener

@@ -1,7 +1,9 @@
-"""What the messages of csrc/wire.h carry: one codec for each payload, and the tables that say which belongs where.
+"""What the messages of csrc/wire.h carry: one codec for each payload, and the tables that say which
+belongs where.
 
-Numbers and layouts come from the header through `_native.WIRE`. The names of the fields stand here once more, so that
-tools that read Python know them; that they are the header's is checked when this module is imported.
+Numbers and layouts come from the header through `_native.WIRE`. The names of the fields stand here
+once more, so that tools that read Python know them; that they are the header's is checked when this
+module is imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The name service: which live host offers which service, and where.
 
-Pure. Names are not in the device: they vanish with the host that published them, and after a restart of
-the coordinator their hosts publish them again.
+Pure. Names are not in the device: they vanish with the host that published them, and after a
+restart of the coordinator their hosts publish them again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Names:
         return (self._services[name] for name in sorted(self._services))
 
     def publish(self, name: str, endpoint: Any, host: int) -> None:
-        """Announce that `host` offers `name` at `endpoint`; the same host may do so again, to change the endpoint.
+        """Announce that `host` offers `name` at `endpoint`; the same host may do so again, to
+        change the endpoint.
 
         Raises:
             ServiceExists: another live host has published the name.

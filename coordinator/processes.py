@@ -1,8 +1,8 @@
 """A process that is watched until it is gone.
 
-A pid is reused; a pidfd names one process for ever, and becomes readable when the process has ended. A zombie has: its
-memory is gone, only its exit status waits to be fetched. The state letter in /proc/PID/stat is no substitute: it
-says Z as well when the main thread alone has ended.
+A pid is reused; a pidfd names one process for ever, and becomes readable when the process has
+ended. A zombie has: its memory is gone, only its exit status waits to be fetched. The state letter
+in /proc/PID/stat is no substitute: it says Z as well when the main thread alone has ended.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Process:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise
             return None
-        # The pidfd is of the process that has the pid now; if that is still alive after the start time was
-        # read, then the start time is its own.
+        # The pidfd is of the process that has the pid now; if that is still alive after the start
+        # time was read, then the start time is its own.
         found = start_time(pid)
         process = cls(pid, found or 0, pidfd)
         if found is None or process.gone or (started is not None and found != started):

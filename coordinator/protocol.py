@@ -1,19 +1,20 @@
 """The coordinator's protocol without I/O: bytes in, messages out, and who may say what when.
 
-Either end of a connection owns one object, `CoordinatorSide` or `PeerSide`: bytes that arrive are given to `feed`, complete
-messages are taken with `next_message`, and what is to be sent comes back as bytes. What the other end does wrong
-raises Malformed, a RemoteProtocolError, and nothing else; the connection is of no use afterwards. What this end does
-wrong raises LocalProtocolError.
+Either end of a connection owns one object, `CoordinatorSide` or `PeerSide`: bytes that arrive are
+given to `feed`, complete messages are taken with `next_message`, and what is to be sent comes back
+as bytes. What the other end does wrong raises Malformed, a RemoteProtocolError, and nothing else;
+the connection is of no use afterwards. What this end does wrong raises LocalProtocolError.
 
 States of a connection, as both ends see it::
 
-              HELLO           REGISTER, REJOIN
-    STRANGER ───────▶ GUEST ◀─────────────────▶ HOST       one request at a time, each is answered
-                        │             LEAVE      │
-                        └────────┬───────────────┘
-                                 │ GUARD
-                                 ▼
-                               GUARD                       only the coordinator speaks: NOTIFY_*
+              HELLO         REGISTER, REJOIN
+    STRANGER ------> GUEST ------------------> HOST      one request at a time, each is answered
+                       |  <------------------   |
+                       |         LEAVE          |
+                       +-----------+------------+
+                                   | GUARD
+                                   v
+                                 GUARD                   only the coordinator speaks: NOTIFY_*
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ AFTER: Mapping[MsgType, State] = {
     MsgType.LEAVE: State.GUEST,
     MsgType.GUARD: State.GUARD,
 }
-"""State that follows when a request of this type was answered with OK; any other type changes nothing."""
+"""State that follows when a request of this type was answered with OK; any other type changes
+nothing.
+"""
 
 NEEDS_HOST = frozenset(
     {MsgType.GRANT, MsgType.RETURN, MsgType.LEAVE, MsgType.PUBLISH, MsgType.WITHDRAW}
@@ -83,6 +86,10 @@ class Malformed(RemoteProtocolError):
         super().__init__(text)
         self.status = status
         self.header = header
+
+    def __reduce__(self) -> tuple[type[Malformed], tuple[str, Status, Header | None]]:
+        """Pickle: an exception's own way keeps only what its base class was given."""
+        return Malformed, (str(self), self.status, self.header)
 
 
 class Request(NamedTuple):
@@ -142,8 +149,8 @@ class _Side:
     def _next(self) -> tuple[Header, Any] | None:
         """Cut the next message off the buffer; None when it is not complete.
 
-        A header is judged as soon as it is there, so nobody makes this end wait for, or keep, a payload
-        that cannot be right.
+        A header is judged as soon as it is there, so nobody makes this end wait for, or keep, a
+        payload that cannot be right.
         """
         if self._broken is not None:
             raise self._broken

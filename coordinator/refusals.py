@@ -25,6 +25,10 @@ class Refused(CoordinatorRefused):
         super().__init__(text)
         self.status = status
 
+    def __reduce__(self) -> tuple[type[Refused], tuple[Status, str]]:
+        """Pickle: an exception's own way keeps only what its base class was given."""
+        return Refused, (self.status, str(self))
+
 
 _STATUS_OF: tuple[tuple[type[DmError], Status], ...] = (  # the first that fits
     (OverQuota, Status.QUOTA),

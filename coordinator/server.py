@@ -1,8 +1,9 @@
 """The coordinator as a server: taking over a device, accepting connections, stopping.
 
-One coordinator serves a device. It holds the flock of the device file, which ends with it however it ends; the superblock
-says who and where it is. Whoever gets the lock and finds a coordinator in the superblock is the successor of one that
-was killed: there is nothing to repair but what is on the device, and the ledger is built from there in any case.
+One coordinator serves a device. It holds the flock of the device file, which ends with it however
+it ends; the superblock says who and where it is. Whoever gets the lock and finds a coordinator in
+the superblock is the successor of one that was killed: there is nothing to repair but what is on
+    the device, and the ledger is built from there in any case.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class LockedDevice:
                 else "somebody else is starting to serve or removing"
             )
             raise CoordinatorRunning(
-                f"{who} fabric {fabric}: stop that one first (dmrpc fabric status)"
+                f"{who} fabric {fabric}: stop that one first (dmrpc fabric inspect {fabric})"
             ) from None
         try:
             same = os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
@@ -117,7 +118,7 @@ class LockedDevice:
         if pid and pid != os.getpid():
             if is_alive(pid, started):
                 raise CoordinatorRunning(
-                    f"coordinator {pid} serves fabric {fabric}, though it has lost its lock: stop it first"
+                    f"coordinator {pid} serves fabric {fabric}, but has lost its lock: stop it first"
                 )
             log.info("coordinator %d did not stop in order; taking over", pid)
 
@@ -185,7 +186,9 @@ class Server:
         self._stop.set()
 
     async def serve(self, ready: Callable[[Server], None]) -> None:
-        """Restore what is on the device, serve until `stop`, and leave nothing behind; `ready` is told when it serves."""
+        """Restore what is on the device, serve until `stop`, and leave nothing behind; `ready` is
+        told when it serves.
+        """
         accepting: list[asyncio.Task[None]] = []
         epoch = 0
         try:

@@ -151,26 +151,28 @@ class Service:
         seconds = ask.get("timeout", DEFAULT_WAIT_SECONDS)
         if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
             raise RemoteProtocolError(f"WAIT: timeout is 0 to {MAX_WAIT_SECONDS:.0f} seconds")
-        hosts, name = ask.get("hosts"), ask.get("name")
-        if (hosts is None) == (name is None):
-            raise RemoteProtocolError("WAIT: either hosts or name")
-        if name is not None:
-            check_name(name)
-        elif type(hosts) is not int or hosts < 0:
-            raise RemoteProtocolError("WAIT: hosts is a number")
+        come_true = self._condition(ask)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
-        while not (
-            self._parts.hosts.nr_active >= hosts if name is None else name in self._parts.names
-        ):
+        while not come_true():
             if self.stopping:
                 raise Refused(Status.SHUTTING_DOWN, "the coordinator is shutting down")
             remaining = deadline - loop.time()
             if remaining <= 0 or connection.gone.is_set():
-                what = f"{hosts} hosts" if name is None else f"service {name!r}"
-                raise Refused(Status.NOT_FOUND, f"no {what} within {seconds:g} s")
+                raise Refused(Status.NOT_FOUND, f"still waiting for {ask} after {seconds:g} s")
             await self._parts.changes.next(connection, remaining)
         return {}
+
+    def _condition(self, ask: dict[str, Any]) -> Callable[[], bool]:
+        """Return what a WAIT waits for."""
+        hosts, name = ask.get("hosts"), ask.get("name")
+        if type(hosts) is int and hosts >= 0 and name is None:
+            wanted = hosts
+            return lambda: self._parts.hosts.nr_active >= wanted
+        if hosts is None:
+            service = check_name(name)
+            return lambda: service in self._parts.names
+        raise RemoteProtocolError("WAIT: either a number of hosts, or the name of a service")
 
     # ---------------------------------------------------------------- looking in from outside
 

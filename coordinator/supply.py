@@ -1,8 +1,9 @@
 """Grants, and what is done about them when the pool is short.
 
-A host that asks is answered at once if the pool has anything for it. If not: frames may have been missed, so the
-device is looked at; other hosts may sit on many free frames, so they are asked for some; a dead host's frames may be on
-their way. Then the request waits for a bounded time, and so do others, each of which looks again whenever frames come.
+A host that asks is answered at once if the pool has anything for it. If not: frames may have been
+missed, so the device is looked at; other hosts may sit on many free frames, so they are asked for
+some; a dead host's frames may be on their way. Then the request waits for a bounded time, and so do
+others, each of which looks again whenever frames come.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ class Supply:
         except OutOfFrames:
             self._ledger.totals.grants_refused += 1
             raise
-        if sum(run.count for run in runs) < want:
-            self._recall(host, want, 1)  # for the next time
+        missing = want - sum(run.count for run in runs)
+        if missing > 0 and not self._ledger.pool.total:
+            self._recall(host, missing, 1)  # for the next time
         return runs
 
     async def _grant(
@@ -72,8 +74,8 @@ class Supply:
         deadline = 0.0
         while True:
             if connection.peer_closed():
-                # It may have connected anew already and looked for frames of its own: what it were given
-                # after that look would be lost to it.
+                # It may have connected anew already and looked for frames of its own: what it were
+                # given after that look would be lost to it.
                 raise PeerError("the connection ended before the grant")
             account = self._ledger.account(host.account.host, host.account.incarnation)
             try:
@@ -101,9 +103,11 @@ class Supply:
         self._changes.announce()
 
     def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:
-        """Ask hosts that sit on free frames for `want` of them; for a long run, ask for all they have.
+        """Ask hosts that sit on free frames for `want` of them; for a long run, ask for all they
+        have.
 
-        A host is asked once in `recall_seconds`. Returns whether some host has been asked and not answered.
+        A host is asked once in `recall_seconds`. Returns whether some host has been asked and not
+        answered.
         """
         now = asyncio.get_running_loop().time()
         idle: list[tuple[int, LiveHost]] = []

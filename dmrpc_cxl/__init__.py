@@ -10,10 +10,34 @@ A map of the package:
 ``cli``             the ``dmrpc`` command
 ``_native``         the DM layer itself, in C (csrc/)
 ==================  ====================================================================================
+
+The names below are loaded when they are first used: tools that only look at a device do without numpy.
 """
 
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
 from .errors import DmError
-from .host import Buffer, Host, Ref, attach
+
+if TYPE_CHECKING:
+    from .host import Buffer, Host, Ref, attach
 
 __all__ = ["Buffer", "DmError", "Host", "Ref", "__version__", "attach"]
-__version__ = "0.1.0"
+__version__ = importlib.metadata.version("dmrpc")
+
+_FROM_HOST = ("Buffer", "Host", "Ref", "attach")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM_HOST:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(".host", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_FROM_HOST))

@@ -245,6 +245,20 @@ def format_device(
     raise_status(status, &err, "format_device")
 
 
+def allocate(int fd, uint64_t offset, uint64_t size):
+    """Allocate bytes of a device file that nobody uses yet, in huge pages where the kernel gives them.
+
+    offset is a multiple of 2 MiB. Returns how many bytes are in huge pages. Raises DeviceFull, SystemCallFailed.
+    """
+    cdef dm_error err = no_error()
+    cdef uint64_t huge = 0
+    cdef int status
+    with nogil:
+        status = dm_allocate(fd, offset, size, &huge, &err)
+    raise_status(status, &err, "allocate")
+    return huge
+
+
 # ---------------------------------------------------------------- using
 
 cdef dict _host_fields(uint32_t host, dm_host_entry *entry):

@@ -26,6 +26,7 @@ cdef extern from "dm.h" nogil:
         uint32_t low
         uint32_t high
         uint32_t batch
+        uint32_t copy_around
         uint64_t deadline_ns
 
     struct dm_vma:

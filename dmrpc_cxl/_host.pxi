@@ -406,6 +406,7 @@ cdef class Host:
         uint32_t low=0,
         uint32_t high=0,
         uint32_t batch=0,
+        uint32_t copy_around=512,
         double deadline=5.0,
     ):
         cdef dm_error err = no_error()
@@ -426,6 +427,9 @@ cdef class Host:
         how.reads_allocate = reads_allocate
         how.user_mode_only = user_mode_only
         how.low, how.high, how.batch = low, high, batch
+        if copy_around == 0:
+            raise ValueError("copy_around: pages, 1 or more")
+        how.copy_around = copy_around
         how.deadline_ns = <uint64_t>(deadline * 1e9)
         with nogil:
             s = dm_attach(&how, &h, &err)

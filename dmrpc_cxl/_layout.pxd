@@ -324,6 +324,7 @@ cdef extern from "csrc/device.h" nogil:
                            uint32_t max_hosts, uint32_t max_refs, dm_error *err) noexcept
     int dm_device_format(int fd, const char *name, const dm_superblock *geo,
                          dm_error *err) noexcept
+    int dm_allocate(int fd, uint64_t off, uint64_t bytes, uint64_t *huge_bytes, dm_error *err)
     int dm_device_open(dm_device *dev, int fd, bint writable, dm_error *err) noexcept
     void dm_device_close(dm_device *dev) noexcept
     int dm_device_prefault(dm_device *dev, uint64_t first, uint64_t nr, dm_error *err) noexcept

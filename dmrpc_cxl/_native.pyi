@@ -28,6 +28,8 @@ def format_device(
     Allocates the tables (not page tables, not frames) and writes the superblock, magic last.
     """
 
+def allocate(fd: int, offset: int, size: int) -> int: ...
+
 class Device:
     """A mapped and verified G-FAM file: what the coordinator and the tools need of it."""
 

@@ -70,6 +70,7 @@ def attach(
     low: int = 0,
     high: int = 0,
     batch: int = 0,
+    copy_around: int = 512,
     deadline: float = 5.0,
     reads_allocate: bool = False,
     user_mode_only: bool = False,
@@ -84,6 +85,8 @@ def attach(
         low: frames below which to ask for more; 0 takes the coordinator's default.
         high: frames above which to give back; 0 takes the coordinator's default.
         batch: frames to ask for at once at first; 0 takes the coordinator's default.
+        copy_around: most pages that one fault copies when stores run through a mapping in order; 1 copies only
+            the page stored to.
         deadline: seconds to wait for the coordinator, above all for free frames.
         reads_allocate: take a frame when a hole is read, as kernels before 6.4 make us do.
         user_mode_only: open userfaultfd so that unprivileged users may; stores by the kernel into shared
@@ -121,6 +124,7 @@ def attach(
             low=low,
             high=high,
             batch=batch,
+            copy_around=copy_around,
             deadline=deadline,
         )
     finally:

@@ -307,3 +307,8 @@ def list_devices(as_json: bool) -> None:
     for name, status, alive in found:
         table.add_row(name, status, str(sum(one.role == "host" for one in alive)))
     Console().print(table)
+
+
+from .run import run  # noqa: E402 - it uses what stands above
+
+fabric.add_command(run)

@@ -33,7 +33,7 @@ from typing import Any
 import posix_ipc
 import psutil
 
-from dmrpc_cxl._native import LAYOUT, Device, format_device, geometry
+from dmrpc_cxl._native import LAYOUT, Device, allocate, format_device, geometry
 from dmrpc_cxl.errors import (
     BadSize,
     DeviceCorrupt,
@@ -158,18 +158,35 @@ def remove(name: str, *, force: bool = False) -> None:
         DeviceExists: somebody lives in it; names them.
         NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt: nothing can be known about it.
     """
+    socket_file = ""
     with _descriptor(name, writable=False) as fd:
         try:
-            with _map(name, fd, writable=False) as device, _sole_remover(name, fd, force=force):
+            with _map(name, fd, writable=False) as device:
                 if not force:
                     _refuse_if_inhabited(name, device)
-                posix_ipc.unlink_shared_memory(f"/{name}")
+                with _sole_remover(name, fd, force=force):
+                    if not force:  # somebody may have come in before we had the lock
+                        _refuse_if_inhabited(name, device)
+                    socket_file = device.superblock["unix_path"]
+                    posix_ipc.unlink_shared_memory(f"/{name}")
         except (DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt):
             if not force:
                 raise
             with _sole_remover(name, fd, force=True):
                 posix_ipc.unlink_shared_memory(f"/{name}")
     remove_runtime_dirs(name)
+    if socket_file:
+        _remove_stale_socket(socket_file)
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove the socket of a coordinator that was killed and listened at a place of its own."""
+    try:
+        status = os.lstat(path)
+        if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.getuid():
+            os.unlink(path)
+    except OSError:
+        pass  # gone, or not ours to remove
 
 
 # ---------------------------------------------------------------- making
@@ -197,12 +214,10 @@ def _check_room(needed: int) -> None:
 def _allocate(fd: int, first: int, size: int) -> None:
     try:
         for offset in range(first, first + size, STEP_BYTES):
-            os.posix_fallocate(fd, offset, min(STEP_BYTES, first + size - offset))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-            raise SystemCallFailed(error.errno, f"fallocate: {error.strerror}") from error
+            allocate(fd, offset, min(STEP_BYTES, first + size - offset))
+    except DeviceFull as error:
         raise DeviceFull(
-            error.errno, f"{DIRECTORY} became full while the device was allocated: {error.strerror}"
+            error.errno, f"{DIRECTORY} became full while the device was allocated: {error}"
         ) from error
 
 

@@ -139,7 +139,7 @@ def _refusal(failures: Sequence[Attempt]) -> PermissionDenied | NotSupported:
 def _how_to_allow(failures: Sequence[Attempt]) -> str:
     """Say what stands in the way on this machine, and each way to remove it."""
     try:
-        with open(SYSCTL_PATH, encoding="ascii") as file:
+        with open(SYSCTL_PATH, encoding="utf-8") as file:
             setting = f"is {file.read().strip()}"
     except OSError:
         setting = "cannot be read"
@@ -218,7 +218,7 @@ def inspect(fd: int) -> tuple[Waiting, Feature]:
         InvalidDescriptor: it is no userfaultfd.
     """
     try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as file:
             fields = dict(line.rstrip().split(":\t", 1) for line in file if ":\t" in line)
     except FileNotFoundError:
         raise from_errno(errno.EBADF, "inspect", detail=f"descriptor {fd}") from None

@@ -306,10 +306,11 @@ class UserFaultFD(Descriptor):
 
         >>> async def serve(uffd, page):
         ...     async for event in uffd.events():
-        ...         uffd.copy(event.page, page)
+        ...         if isinstance(event, PageFault):
+        ...             uffd.copy(event.page, page)
         """
-        loop = asyncio.get_running_loop()
         fd = self.fileno()
+        loop = asyncio.get_running_loop()
         if os.get_blocking(fd):
             raise ValueError("a blocking userfaultfd cannot be polled; open it with nonblock=True")
         while not self.closed:

@@ -182,7 +182,10 @@ _SPECIAL: dict[tuple[str, int], tuple[type[UserfaultfdError], str]] = {
     ),
     ("unregister", errno.ENOMEM): (InvalidRange, "nothing is mapped there or above"),
     ("copy", errno.EFAULT): (InvalidRange, "the source cannot be read"),
-    ("copy", errno.ENOENT): (NotRegistered, "the destination is not registered, or not one mapping"),
+    ("copy", errno.ENOENT): (
+        NotRegistered,
+        "the destination is not registered, or not one mapping",
+    ),
     ("zeropage", errno.ENOENT): (NotRegistered, "not registered, or not one mapping"),
     ("zeropage", errno.EINVAL): (
         InvalidRange,

@@ -72,7 +72,10 @@ class Fork:
 
 @dataclass(frozen=True)
 class Remap:
-    """A registered range moved: what was at ``source`` is now at ``destination``."""
+    """A registered range moved: what was at ``source`` is now at ``destination``.
+
+    Where Feature.EVENT_UNMAP is enabled too, an Unmap of the old range follows.
+    """
 
     source: int
     destination: int

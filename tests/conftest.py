@@ -1,8 +1,12 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.fabrics import Fabric, running
 
 # No example is judged by the clock: how fast something is, benchmarks/ measures. A failure prints
 # the blob that repeats it.
@@ -17,3 +21,10 @@ settings.register_profile(
 # Hypothesis's own profile "ci" tries the same examples every time: the merge of one change is not
 # held up by what luck finds in another.
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def fabric() -> Iterator[Fabric]:
+    """A fabric of 32 MiB; audited when the test ends: every frame back, no Ref alive."""
+    with running() as fabric:
+        yield fabric

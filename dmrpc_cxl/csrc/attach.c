@@ -13,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -138,11 +137,50 @@ static void *reserve_bytes(size_t bytes) {
     return p == MAP_FAILED ? NULL : p;
 }
 
+/* A page of its own kind: registered for missing pages, see dm_handler_stop. */
+static int map_bell(struct dm_host *h, struct dm_error *e) {
+    h->bell = reserve_bytes(DM_BELL_BYTES);
+    if (!h->bell)
+        return dm_fail_sys(e, "mmap", 0);
+    struct uffdio_register reg = {.range = {(uintptr_t)h->bell, DM_BELL_BYTES},
+                                  .mode = UFFDIO_REGISTER_MODE_MISSING};
+    if (madvise(h->bell, DM_BELL_BYTES, MADV_DONTFORK) < 0 || ioctl(h->uffd, UFFDIO_REGISTER, &reg) < 0)
+        return dm_fail_sys(e, "UFFDIO_REGISTER", reg.range.start);
+    return DM_OK;
+}
+
+/*
+ * Populate the page-table entries of both windows while they are not registered yet: a read then maps the 64 KiB around
+ * it, and the entries are writable; afterwards every page would cost a minor fault of its own at its first use.
+ * Only where the device has all its frames (touching a hole would allocate it), and for a limited time: attaching
+ * must stay cheap on devices made of small pages, where this takes ten times as long. What is left faults later.
+ */
+static void populate_windows(struct dm_host *h) {
+    struct stat st;
+    if (fstat(h->device_fd, &st) < 0 ||
+        (uint64_t)st.st_blocks * 512 < ((uint64_t)h->nr_frames << h->page_shift))
+        return;
+    const uint64_t around = 65536;
+    uint64_t bytes = 2ull * h->nr_frames << h->page_shift;
+    uint64_t until = dm_now_ns() + (bytes >> 30) * 12000000ull + 6000000ull;
+    for (uint64_t at = 0; at < bytes; at += around) {
+        (void)*(volatile char *)(h->base + at);
+        if (at % (around * 32) == 0 && dm_now_ns() > until)
+            break;
+    }
+}
+
 static int map_views(struct dm_host *h, struct dm_error *e) {
     size_t window = (size_t)h->nr_frames << h->page_shift, all = (size_t)h->nr_ptes << h->page_shift;
-    char *base = mmap(NULL, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED)
+    /* 64 KiB off the boundary of huge pages: the windows are protected page by page, and an entry that maps 2 MiB
+     * would first be taken down and then fault page by page. */
+    const size_t huge = 2u << 20, skew = 65536;
+    char *reserved = mmap(NULL, all + 2 * huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED)
         return dm_fail_sys(e, "mmap", 0);
+    char *base = (char *)(((uintptr_t)reserved + huge - 1) / huge * huge + skew);
+    munmap(reserved, (size_t)(base - reserved));
+    munmap(base + all, (size_t)(reserved + 2 * huge - base));
     h->base = base;
     for (int i = 0; i < 2; i++)
         if (mmap(base + i * window, window, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, h->device_fd,
@@ -150,6 +188,7 @@ static int map_views(struct dm_host *h, struct dm_error *e) {
             return dm_fail_sys(e, "mmap", (uint64_t)(uintptr_t)base);
     if (madvise(base, all, MADV_DONTFORK) < 0)
         return dm_fail_sys(e, "madvise(MADV_DONTFORK)", (uint64_t)(uintptr_t)base);
+    populate_windows(h);
     struct uffdio_register reg = {.range = {(uintptr_t)base, 2 * window},
                                   .mode = UFFDIO_REGISTER_MODE_WP};
     if (ioctl(h->uffd, UFFDIO_REGISTER, &reg) < 0)
@@ -158,7 +197,7 @@ static int map_views(struct dm_host *h, struct dm_error *e) {
                                      .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     if (ioctl(h->uffd, UFFDIO_WRITEPROTECT, &wp) < 0)
         return dm_fail_sys(e, "UFFDIO_WRITEPROTECT", wp.range.start);
-    return DM_OK;
+    return map_bell(h, e);
 }
 
 static uint32_t half_of_max_map_count(void) {
@@ -254,8 +293,8 @@ static void release(struct dm_host *h) {
         munmap(h->extents, (size_t)h->max_extents * sizeof *h->extents);
     dm_freelist_destroy(&h->free);
     dm_link_close(&h->link);
-    if (h->stop_fd >= 0)
-        close(h->stop_fd);
+    if (h->bell)
+        munmap(h->bell, DM_BELL_BYTES);
     if (h->uffd >= 0 && dm_descriptor_check(h->uffd, h->uffd_dev, h->uffd_ino) == 0)
         close(h->uffd);
     if (h->device.base)
@@ -292,9 +331,6 @@ static int set_up(struct dm_host *h, const struct dm_attach *how, struct dm_erro
     h->max_refs = h->device.geo.max_refs;
     h->data_off = h->device.geo.data_off;
     h->fabric_id = h->device.geo.fabric_id;
-    h->stop_fd = eventfd(0, EFD_CLOEXEC);
-    if (h->stop_fd < 0)
-        return dm_fail_sys(e, "eventfd", 0);
     if ((s = start_uffd(h, how, e)) || (s = register_host(h, how, e)))
         return s;
     h->entry = &h->device.hosts[h->id - 1];
@@ -313,7 +349,8 @@ int dm_attach(const struct dm_attach *how, struct dm_host **out, struct dm_error
     struct dm_host *h = calloc(1, sizeof *h);
     if (!h)
         return dm_fail(e, DM_ERR_NO_MEMORY, "no memory for a host");
-    h->uffd = h->stop_fd = h->guard_fd = h->link.fd = -1;
+    h->uffd = h->guard_fd = h->link.fd = -1;
+    h->copy_around = how->copy_around ? how->copy_around : 1;
     h->use_tcp = how->use_tcp;
     h->strict = how->strict;
     h->deadline_ns = how->deadline_ns;

@@ -9,15 +9,6 @@
  */
 #include "host.h"
 
-/* +1. The caller holds a count through a mapping or a Ref, so the frame cannot go away meanwhile. */
-int dm_count_up(struct dm_host *h, uint32_t pfn) {
-    uint64_t before = __atomic_fetch_add(&h->frames[pfn], 1, __ATOMIC_RELAXED);
-    if (dm_frame_refcount(before) < DM_REFCOUNT_MAX)
-        return DM_OK;
-    __atomic_fetch_sub(&h->frames[pfn], 1, __ATOMIC_RELAXED);
-    return DM_ERR_TOO_MANY_REFS;
-}
-
 /* 0 -> 1 for frames this host owns: nobody else may change their words, so plain stores do. */
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
@@ -38,7 +29,7 @@ bool dm_count_down(struct dm_host *h, uint32_t pfn) {
     uint64_t word = __atomic_load_n(&h->frames[pfn], __ATOMIC_RELAXED), next;
     do {
         if (dm_frame_refcount(word) == 0)
-            dm_fatal(h, "frame %u has no count left to drop: the device is damaged; run `dmrpc fsck`",
+            dm_fatal(h, "frame %u has no count left to drop: the device is damaged; run `dmrpc fabric verify`",
                      pfn);
         next = dm_frame_refcount(word) == 1 ? dm_frame_pack(0, h->id, dm_frame_seq(word)) : word - 1;
     } while (!__atomic_compare_exchange_n(&h->frames[pfn], &word, next, true, __ATOMIC_ACQ_REL,

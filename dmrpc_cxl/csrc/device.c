@@ -298,11 +298,11 @@ static int check_geometry(const struct dm_superblock *sb, struct dm_error *err) 
 static int check_superblock(const struct dm_superblock *sb, uint64_t file_bytes,
                             struct dm_error *err) {
     if (sb->magic == 0)
-        return dm_device_fail(
-            err, DM_ERR_NOT_A_DEVICE,
-            "the file (%llu bytes) begins with zeros: not a G-FAM device, or one whose creation was "
-            "interrupted or is still going on",
-            (unsigned long long)file_bytes);
+        return dm_device_fail(err, DM_ERR_NOT_A_DEVICE,
+                              "the file (%llu bytes) begins with zeros: not a G-FAM device, or one "
+                              "whose creation was "
+                              "interrupted or is still going on",
+                              (unsigned long long)file_bytes);
     if (sb->magic != DM_MAGIC)
         return dm_device_fail(err, DM_ERR_NOT_A_DEVICE,
                               "magic is %#018llx, not %#018llx: not a G-FAM device",
@@ -343,6 +343,28 @@ static int check_superblock(const struct dm_superblock *sb, uint64_t file_bytes,
     return DM_OK;
 }
 
+/* Map the file so that its data area, which starts on a multiple of 2 MiB, does so in memory too: then huge pages can be
+ * mapped as such. */
+static void *map_aligned(const struct dm_device *dev, int prot) {
+    size_t bytes = dev->geo.device_bytes;
+    char *reserved = mmap(NULL, bytes + DM_DATA_ALIGN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED)
+        return MAP_FAILED;
+    char *base = (char *)(((uintptr_t)reserved + DM_DATA_ALIGN - 1) / DM_DATA_ALIGN * DM_DATA_ALIGN);
+    size_t before = (size_t)(base - reserved), after = DM_DATA_ALIGN - before;
+    void *at = mmap(base, bytes, prot, MAP_SHARED | MAP_FIXED, dev->fd, 0);
+    if (at == MAP_FAILED) {
+        munmap(reserved, bytes + DM_DATA_ALIGN);
+        return MAP_FAILED;
+    }
+    size_t page = 4096, mapped = (bytes + page - 1) / page * page;
+    if (before)
+        munmap(reserved, before);
+    if (bytes + after > mapped)
+        munmap(base + mapped, bytes + after - mapped);
+    return at;
+}
+
 /*
  * Verify the device in fd and map all of it. The descriptor is duplicated; the caller keeps its own.
  *
@@ -363,7 +385,7 @@ int dm_device_open(struct dm_device *dev, int fd, bool writable, struct dm_error
     if (dev->fd < 0)
         return dm_device_fail_sys(err, "fcntl", "duplicate the device's descriptor");
     int prot = writable ? PROT_READ | PROT_WRITE : PROT_READ;
-    void *base = mmap(NULL, dev->geo.device_bytes, prot, MAP_SHARED, dev->fd, 0);
+    void *base = map_aligned(dev, prot);
     if (base == MAP_FAILED) {
         status = dm_device_fail_sys(err, "mmap", "map the device");
         close(dev->fd);

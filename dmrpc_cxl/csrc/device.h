@@ -51,6 +51,7 @@ int dm_device_geometry(struct dm_superblock *out, uint64_t data_bytes, uint32_t 
 uint64_t dm_device_checksum(const struct dm_superblock *sb);
 int dm_device_format(int fd, const char *name, const struct dm_superblock *geo,
                      struct dm_error *err);
+int dm_allocate(int fd, uint64_t off, uint64_t bytes, uint64_t *huge_bytes, struct dm_error *err);
 int dm_device_open(struct dm_device *dev, int fd, bool writable, struct dm_error *err);
 void dm_device_close(struct dm_device *dev);
 int dm_device_prefault(struct dm_device *dev, uint64_t first, uint64_t nr, struct dm_error *err);

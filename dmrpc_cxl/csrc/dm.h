@@ -20,6 +20,7 @@ struct dm_attach {
     bool reads_allocate; /* behave as on kernels older than 6.4 */
     bool user_mode_only;
     uint32_t low, high, batch; /* 0: the coordinator's choice */
+    uint32_t copy_around;      /* pages, 1 and up */
     uint64_t deadline_ns;
 };
 

@@ -23,7 +23,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -34,7 +33,7 @@
 
 _Thread_local bool dm_in_handler;
 
-#define MAX_WINDOW_PAGES 512u
+#define GROWTH 16u /* of the window at each sequential fault, which costs as much as copying some 40 pages */
 #define EVENTS_PER_READ 16
 
 struct handler { /* the handler thread's own things */
@@ -60,12 +59,16 @@ static bool copyable(const struct dm_host *h, uint32_t page, bool want_shared) {
     return (dm_frame_refcount(word) > 1) == want_shared;
 }
 
-/* The pages to do together with `page`: one at random, four times as many at each sequential fault; whole
+static void grow_window(const struct dm_host *h, struct dm_vma *v, uint32_t page) {
+    v->fault_window = page == v->next_fault ? v->fault_window * GROWTH : 1;
+    if (v->fault_window > h->copy_around)
+        v->fault_window = h->copy_around;
+}
+
+/* The pages to do together with `page`: one at random, GROWTH times as many at each sequential fault (copy_around at most); whole
  * aligned chunks when kernel mappings run short. All present, protected, alike in being shared or not. */
 static struct span choose(struct dm_host *h, struct dm_vma *v, uint32_t page, bool shared) {
-    v->fault_window = page == v->next_fault ? v->fault_window * 4 : 1;
-    if (v->fault_window > MAX_WINDOW_PAGES)
-        v->fault_window = MAX_WINDOW_PAGES;
+    grow_window(h, v, page);
     uint32_t first = page, last = page + v->fault_window, end = v->page + v->nr_pages;
     uint32_t chunk = shared ? dm_pieces_chunk(h) : 1;
     if (chunk > v->fault_window) {
@@ -83,9 +86,7 @@ static struct span choose(struct dm_host *h, struct dm_vma *v, uint32_t page, bo
 }
 
 static struct span choose_holes(struct dm_host *h, struct dm_vma *v, uint32_t page) {
-    v->fault_window = page == v->next_fault ? v->fault_window * 4 : 1;
-    if (v->fault_window > MAX_WINDOW_PAGES)
-        v->fault_window = MAX_WINDOW_PAGES;
+    grow_window(h, v, page);
     uint32_t to = page + 1, end = v->page + v->nr_pages;
     uint32_t chunk = dm_pieces_chunk(h);
     uint32_t window = chunk > v->fault_window ? chunk : v->fault_window;
@@ -302,6 +303,12 @@ static void follow(struct handler *t, uint32_t tid) {
         t->cpu_checks = 1; /* not ours to run on: stay where we are */
 }
 
+static void answer_bell(struct dm_host *h) {
+    struct uffdio_zeropage z = {.range = {(uintptr_t)h->bell, DM_BELL_BYTES}};
+    if (ioctl(h->uffd, UFFDIO_ZEROPAGE, &z) < 0 && errno != EEXIST)
+        dm_fatal(h, "cannot answer the bell page: %s", strerror(errno));
+}
+
 static void serve_events(struct handler *t) {
     struct dm_host *h = t->h;
     struct uffd_msg events[EVENTS_PER_READ];
@@ -318,6 +325,10 @@ static void serve_events(struct handler *t) {
     for (size_t i = 0; i < (size_t)n / sizeof events[0]; i++) {
         if (events[i].event != UFFD_EVENT_PAGEFAULT)
             dm_fatal(h, "unexpected userfaultfd event %u", events[i].event);
+        if (events[i].arg.pagefault.address - (uint64_t)(uintptr_t)h->bell < DM_BELL_BYTES) {
+            answer_bell(h);
+            continue;
+        }
         tid = events[i].arg.pagefault.feat.ptid;
         resolve(t, events[i].arg.pagefault.address,
                 events[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP);
@@ -367,7 +378,7 @@ static void reguard(struct handler *t) {
 
 /* Keep the descriptors the handler needs, close the rest of this thread's own table. */
 static void keep_descriptors(const struct dm_host *h) {
-    int keep[] = {2, h->uffd, h->stop_fd, h->guard_fd, h->device_fd};
+    int keep[] = {2, h->uffd, h->guard_fd, h->device_fd};
     enum { N = sizeof keep / sizeof keep[0] };
     for (int i = 1; i < N; i++)
         for (int j = i; j > 0 && keep[j] < keep[j - 1]; j--) {
@@ -399,23 +410,19 @@ static void *handler_main(void *arg) {
     keep_descriptors(h);
     atomic_store(&h->handler_tid, (int)syscall(SYS_gettid));
     atomic_store(&h->handler_state, 1);
-    for (;;) {
-        struct pollfd p[3] = {{.fd = h->uffd, .events = POLLIN},
-                              {.fd = h->stop_fd, .events = POLLIN},
-                              {.fd = h->guard_fd, .events = POLLIN}};
-        int n = poll(p, 3, h->guard_fd < 0 ? 100 : 1000);
+    while (atomic_load(&h->handler_state) == 1) {
+        struct pollfd p[2] = {{.fd = h->uffd, .events = POLLIN}, {.fd = h->guard_fd, .events = POLLIN}};
+        /* No time-out while all is well: arming a timer costs as much as the rest of a wake-up. */
+        int n = poll(p, 2, h->guard_fd < 0 ? 100 : -1);
         DM_COUNT(h, syscalls, n > 0);
         if (n < 0 && errno != EINTR)
             dm_fatal(h, "poll failed in the fault handler: %s", strerror(errno));
         if (n > 0 && p[0].revents)
             serve_events(&t);
-        if (atomic_load(&h->handler_state) == 2)
-            break;
-        if (n > 0 && p[2].revents && h->guard_fd >= 0)
-            serve_guard(&t, p[2].revents);
+        if (n > 0 && p[1].revents && h->guard_fd >= 0)
+            serve_guard(&t, p[1].revents);
         if (h->guard_fd < 0)
             reguard(&t);
-        h->entry->heartbeat_ns = dm_now_ns();
     }
     dm_link_close(&t.link);
     if (t.tid_fd >= 0)
@@ -467,12 +474,11 @@ int dm_handler_start(struct dm_host *h, struct dm_error *e) {
     return DM_OK;
 }
 
+/* Context: no lock held. The bell is a page that was never touched: the store raises a fault, which wakes the handler
+ * through the one descriptor it always has, whatever was closed in the rest of the process. */
 void dm_handler_stop(struct dm_host *h) {
-    uint64_t one = 1;
     atomic_store(&h->handler_state, 2);
-    /* If somebody closed the eventfd behind our back, the handler looks at the state after its poll times out. */
-    ssize_t ignored = write(h->stop_fd, &one, sizeof one);
-    (void)ignored;
+    *(volatile char *)h->bell = 1;
     pthread_join(h->handler, NULL);
     if (h->watcher != h->handler)
         pthread_join(h->watcher, NULL);

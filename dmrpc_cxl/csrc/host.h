@@ -44,6 +44,8 @@
 
 #define DM_NO_VMA 0u
 
+#define DM_BELL_BYTES 4096u
+
 struct dm_vma { /* one mapping: what ralloc or map_ref returned */
     uint32_t page;
     uint32_t nr_pages;
@@ -93,6 +95,7 @@ struct dm_host {
     uint64_t fabric_id;
     size_t data_off;
     uint32_t low, batch_max, batch_min;
+    uint32_t copy_around; /* most pages that one fault copies */
     uint64_t deadline_ns; /* longest wait for the coordinator */
     unsigned fork_generation;
     char name[DM_NAME_BYTES];
@@ -125,7 +128,8 @@ struct dm_host {
     /* fault handler */
     pthread_t handler, watcher;
     pthread_mutex_t handler_alive; /* robust; held by the handler for its whole life */
-    int stop_fd, guard_fd;
+    int guard_fd; /* in the handler's own descriptor table */
+    char *bell;   /* a page whose first store wakes the handler */
     _Atomic int handler_state; /* 0 starting, 1 serving, 2 told to stop, 3 stopped, negative: status */
     _Atomic int handler_tid;
     _Atomic bool fenced;
@@ -156,6 +160,15 @@ static inline uint8_t dm_normal_kstate(const struct dm_host *h, uint32_t page) {
     return page >= h->nr_frames && page < 2 * h->nr_frames ? DM_KS_PROTECTED : 0;
 }
 
+/* +1. Relaxed: the caller holds a count through a mapping or a Ref, so the frame cannot go away meanwhile. */
+static inline int dm_count_up(struct dm_host *h, uint32_t pfn) {
+    uint64_t before = __atomic_fetch_add(&h->frames[pfn], 1, __ATOMIC_RELAXED);
+    if (__builtin_expect(dm_frame_refcount(before) < DM_REFCOUNT_MAX, 1))
+        return DM_OK;
+    __atomic_fetch_sub(&h->frames[pfn], 1, __ATOMIC_RELAXED);
+    return DM_ERR_TOO_MANY_REFS;
+}
+
 /* ---- error.c */
 int dm_fail(struct dm_error *e, int status, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
@@ -167,7 +180,6 @@ int dm_descriptor_check(int fd, uint64_t dev, uint64_t ino);
 /* ---- intent.h is inline; see there */
 
 /* ---- counts.c: frame words */
-int dm_count_up(struct dm_host *h, uint32_t pfn);
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
 void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
 bool dm_count_down(struct dm_host *h, uint32_t pfn);

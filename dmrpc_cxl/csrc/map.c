@@ -44,7 +44,7 @@ static int take_ref(struct dm_host *h, const struct dm_ref_wire *w, struct placi
     p->nr = entry->nr_pages;
     s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &p->runs);
     if (s == DM_ERR_CORRUPT)
-        s = dm_fail(e, s, "Ref entry %u is damaged; run `dmrpc fsck`", p->index);
+        s = dm_fail(e, s, "Ref entry %u is damaged; run `dmrpc fabric verify`", p->index);
     if (s)
         put_ref_back(h, p);
     return s;

@@ -316,7 +316,7 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     dm_runs_init(&runs);
     int s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &runs);
     if (s)
-        dm_fatal(h, "Ref entry %u is damaged (status %d); run `dmrpc fsck`", index, s);
+        dm_fatal(h, "Ref entry %u is damaged (status %d); run `dmrpc fabric verify`", index, s);
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_DROP, 0, entry->nr_pages, 0, index,
                                            __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
     struct dm_run freed = {0, 0};
@@ -390,7 +390,7 @@ int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
     dm_runs_init(&runs);
     s = dm_runs_of_entry(from, h->physmap, h->page_shift, h->nr_frames, &runs);
     if (s == DM_ERR_CORRUPT)
-        s = dm_fail(e, s, "Ref entry %u is damaged; run `dmrpc fsck`", index);
+        s = dm_fail(e, s, "Ref entry %u is damaged; run `dmrpc fabric verify`", index);
     if (!s)
         s = dm_ref_slot(h, &copy, e);
     uint8_t flags = dm_ref_flags(word);

@@ -16,6 +16,9 @@
 
 static int runs_of_pages(const struct dm_host *h, uint32_t page, uint32_t nr, struct dm_runs *r) {
     const uint32_t *pt = h->pt + page;
+    const struct dm_vma *v = &h->vmas[h->vma_of[page]];
+    if (!(v->flags & DM_VMA_DIRTY)) /* every page shows its own frame */
+        return dm_runs_add(r, dm_identity(h, page), nr);
     for (uint32_t i = 0, n; i < nr; i += n) {
         uint32_t pte = pt[i] & ~DM_PTE_HEAD;
         n = 1;
@@ -33,8 +36,9 @@ static int runs_of_pages(const struct dm_host *h, uint32_t page, uint32_t nr, st
 
 /* +1 on every frame of the range, in page order; all or none. */
 static int count_range(struct dm_host *h, struct dm_intent *in, uint32_t page, uint32_t nr) {
+    const uint32_t *pt = h->pt + page;
     for (uint32_t i = 0; i < nr; i++) {
-        uint32_t pte = h->pt[page + i];
+        uint32_t pte = pt[i];
         if (pte & DM_PTE_PRESENT && dm_count_up(h, pte & DM_PTE_PFN)) {
             while (i-- > 0) {
                 dm_intent_progress(in, i);
@@ -64,6 +68,17 @@ static int prepare_entry(struct dm_host *h, uint32_t page, uint32_t nr, bool may
     return s;
 }
 
+/* prepare_entry may have dropped the lock while it asked for frames. The buffer is pinned by the caller, but a store may
+ * have copied some of its pages meanwhile: then the stored runs are stale. */
+static bool still_the_same(const struct dm_host *h, uint32_t page, uint32_t nr, const struct dm_runs *runs) {
+    struct dm_runs now;
+    dm_runs_init(&now);
+    bool same = !runs_of_pages(h, page, nr, &now) && now.nr == runs->nr &&
+                !memcmp(now.list, runs->list, now.nr * sizeof now.list[0]);
+    dm_runs_free(&now);
+    return same;
+}
+
 /*
  * create_ref(address, size): any part of one mapping. The caller keeps its mapping; its pages become read-only.
  */
@@ -84,16 +99,9 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
     int s = prepare_entry(h, page, nr, may_block, &index, &runs, e);
     if (s)
         return s;
-    /* prepare_entry may have dropped the lock while it asked for frames; the buffer is pinned by the caller,
-     * but its pages may have been copied meanwhile: then the stored runs are stale. */
-    struct dm_runs now;
-    dm_runs_init(&now);
-    s = runs_of_pages(h, page, nr, &now);
-    bool same = !s && now.nr == runs.nr && !memcmp(now.list, runs.list, now.nr * sizeof now.list[0]);
-    dm_runs_free(&now);
-    dm_runs_free(&runs);
-    if (!s && !same)
+    if (may_block && !still_the_same(h, page, nr, &runs))
         s = DM_REF_BUSY;
+    dm_runs_free(&runs);
     if (!s)
         s = dm_protect(h, page, nr, e);
     if (s) {

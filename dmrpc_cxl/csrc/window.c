@@ -128,10 +128,16 @@ static int map_fixed(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t pfn
     return DM_OK;
 }
 
+/*
+ * Populate page-table entries of a fresh mapping that is not registered yet, so that reading it raises no userfault. A read
+ * maps the 64 KiB around it at once (fault-around); MADV_POPULATE_READ would look at every page singly, and costs
+ * three times as much. Only an optimisation: what is not populated faults one by one later.
+ */
 static void populate(struct dm_host *h, uint32_t page, uint32_t nr) {
-    /* An optimisation: pages that it does not populate fault one by one. */
-    DM_COUNT(h, syscalls, 1);
-    (void)madvise((void *)(uintptr_t)dm_addr_of(h, page), bytes_of(h, nr), MADV_POPULATE_READ);
+    const uint64_t around = 65536;
+    uint64_t at = dm_addr_of(h, page), end = at + bytes_of(h, nr);
+    for (; at < end; at = (at / around + 1) * around)
+        (void)*(const volatile char *)(uintptr_t)at;
 }
 
 int dm_wake(struct dm_host *h, uint32_t page, uint32_t nr) {
@@ -171,10 +177,22 @@ static int ensure_registered(struct dm_host *h, uint32_t page, uint32_t nr, stru
     return DM_OK;
 }
 
+/* Pages from `page`, in eights, whose kstate has every bit of mask: skipped without a look at each. */
+static uint32_t skip_all(const struct dm_host *h, uint32_t page, uint32_t nr, uint8_t mask) {
+    const uint64_t every = 0x0101010101010101ull * mask;
+    uint32_t i = 0;
+    for (uint64_t eight; i + 8 <= nr; i += 8) {
+        memcpy(&eight, h->kstate + page + i, 8);
+        if ((eight & every) != every)
+            break;
+    }
+    return i;
+}
+
 /* Write-protect pages; those that are already cost nothing. On failure what was protected stays so: harmless. */
 int dm_protect(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e) {
     bool checked = false;
-    for (uint32_t i = 0, n; i < nr; i += n ? n : 1) {
+    for (uint32_t i = skip_all(h, page, nr, DM_KS_PROTECTED), n; i < nr; i += n ? n : 1) {
         n = run_of(h, page + i, nr - i, DM_KS_PROTECTED, 0);
         if (!n)
             continue;

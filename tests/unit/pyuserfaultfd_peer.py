@@ -29,7 +29,7 @@ import pytest
 from pyuserfaultfd import (
     Event,
     Feature,
-    Method,
+    PageFault,
     PermissionDenied,
     UserFaultFD,
     address_of,
@@ -39,7 +39,7 @@ from pyuserfaultfd import (
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = mmap.PAGESIZE
 LIMIT = 60.0
-"""Seconds after which a test has failed; none comes near it."""
+"""Seconds after which a test has failed; none comes near it. A child's watchdog is quicker."""
 
 BOOT = """\
 import faulthandler, sys
@@ -66,10 +66,6 @@ class Link:
             raise EOFError("the other process has ended")
         return json.loads(data), fds
 
-    def ask(self, value: Any = None) -> Any:
-        self.send(value)
-        return self.receive()[0]
-
     def share(self, uffd: UserFaultFD, memory: mmap.mmap) -> None:
         """In the child: give the test its userfaultfd, and wait until the test says go."""
         self.send(list(address_of(memory)), (uffd.fileno(),))
@@ -88,7 +84,7 @@ class Child:
         self.link = Link(mine)
         self.status = status
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
-        code = BOOT.format(limit=LIMIT, this=__name__, fd=its.fileno())
+        code = BOOT.format(limit=0.75 * LIMIT, this=__name__, fd=its.fileno())
         with its:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error::ResourceWarning", "-c", code],
@@ -178,6 +174,14 @@ def require(features: Feature) -> Feature:
     return features
 
 
+def require_capability() -> None:
+    """Skip the test without CAP_SYS_PTRACE."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    [effective] = (line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    if not int(effective, 16) >> 19 & 1:
+        pytest.skip("the process does not have CAP_SYS_PTRACE")
+
+
 def one_event(uffd: UserFaultFD) -> Event:
     """Wait for the next event."""
     found = uffd.read(timeout=LIMIT, max_events=1)
@@ -185,27 +189,29 @@ def one_event(uffd: UserFaultFD) -> Event:
     return found[0]
 
 
-def permitted() -> str:
-    """Return why this process may not open a userfaultfd, or nothing if it may."""
-    try:
-        UserFaultFD(method=Method.AUTO).close()
-    except PermissionDenied as error:
-        return str(error)
-    return ""
+def one_fault(uffd: UserFaultFD) -> PageFault:
+    """Wait for the next event, which is a page fault."""
+    event = one_event(uffd)
+    assert isinstance(event, PageFault)
+    return event
+
+
+def descriptors_and_children() -> tuple[list[str], list[str]]:
+    children = [
+        pid
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text(encoding="utf-8").split()
+    ]
+    return sorted(os.listdir("/proc/self/fd")), sorted(children)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Skip without permission; afterwards there are as many descriptors as before, and no child."""
-    refusal = permitted()
-    if refusal:
-        pytest.skip(refusal)
-    before = sorted(os.listdir("/proc/self/fd"))
+    """Skip without permission; afterwards there are no more descriptors or children than before."""
+    try:
+        UserFaultFD().close()
+    except PermissionDenied as error:
+        pytest.skip(str(error))
+    before = descriptors_and_children()
     yield
-    assert sorted(os.listdir("/proc/self/fd")) == before
-    children = [
-        line
-        for task in Path("/proc/self/task").iterdir()
-        for line in (task / "children").read_text().split()
-    ]
-    assert children == []
+    assert descriptors_and_children() == before

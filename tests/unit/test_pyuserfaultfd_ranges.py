@@ -71,16 +71,17 @@ def test_register_for_write_protection_grants_writeprotect():
 @isolated
 def test_register_for_minor_faults_grants_continue_on_shmem_only():
     require(Feature.MINOR_SHMEM)
-    memory, _ = shared_twice(1)
+    memory, anonymous = shared_twice(1)[0], private(1)
     with UserFaultFD(Feature.MINOR_SHMEM) as uffd:
         assert Ioctl.CONTINUE in uffd.register(*address_of(memory), RegisterMode.MINOR)
         with pytest.raises(InvalidRange, match="only the last two"):
-            uffd.register(*address_of(private(1)), RegisterMode.MINOR)
+            uffd.register(*address_of(anonymous), RegisterMode.MINOR)
 
 
 @isolated
 def test_register_names_the_alignment_that_is_wrong():
-    address, length = address_of(private(2))
+    memory = private(2)
+    address, length = address_of(memory)
     with UserFaultFD() as uffd:
         with pytest.raises(InvalidRange, match="the address is not a multiple of the page size"):
             uffd.register(address + 1, PAGE)
@@ -122,11 +123,11 @@ def _is_shmem(fd: int) -> bool:
 
 @isolated
 def test_register_refuses_the_range_of_another_userfaultfd():
-    memory = address_of(private(1))
+    memory = private(1)
     with UserFaultFD() as first, UserFaultFD() as second:
-        first.register(*memory)
+        first.register(*address_of(memory))
         with pytest.raises(RangeBusy, match="another userfaultfd"):
-            second.register(*memory)
+            second.register(*address_of(memory))
 
 
 @isolated
@@ -136,7 +137,7 @@ def test_numbers_that_are_no_addresses_are_refused():
             with pytest.raises(InvalidRange, match="from 0 to"):
                 uffd.register(address, PAGE)
         with pytest.raises(TypeError):
-            uffd.register("0x1000", PAGE)
+            uffd.register("0x1000", PAGE)  # type: ignore[arg-type]
 
 
 @isolated
@@ -261,8 +262,9 @@ def test_copy_from_an_unreadable_address_says_so():
 
 @isolated
 def test_copy_to_memory_that_is_not_registered_says_so():
+    memory = private(1)
     with UserFaultFD() as uffd, pytest.raises(NotRegistered):
-        uffd.copy(address_of(private(1)).address, A)
+        uffd.copy(address_of(memory).address, A)
 
 
 @isolated
@@ -388,6 +390,7 @@ def test_move_refuses_memory_that_is_not_private_anonymous():
 
 @isolated
 def test_move_refuses_a_page_that_a_forked_process_shares():
+    require(Feature.MOVE)
     memory, source = private(1), private(1)
     source[:] = A
     here, there = socket.socketpair()
@@ -396,7 +399,7 @@ def test_move_refuses_a_page_that_a_forked_process_shares():
         here.close()
         there.recv(1)
         os._exit(0)
-    with here, there, UserFaultFD(require(Feature.MOVE)) as uffd:
+    with here, there, UserFaultFD(Feature.MOVE) as uffd:
         uffd.register(*address_of(memory))
         with pytest.raises(RangeBusy, match="shared with another process"):
             uffd.move(address_of(memory).address, *address_of(source))
