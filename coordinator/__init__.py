@@ -24,4 +24,7 @@ Map of the package, from pure to not; each module imports only from those above 
     server.py       taking over a device, accepting, stopping
     client.py       a synchronous client for tools and tests
     __main__.py     ``python -m dmrpc_cxl.coordinator FABRIC``
+
+Paper: V-B. Differs: watermarks and batches have values and are negotiated; frames can be recalled; hosts that die are
+noticed and reclaimed; the coordinator can be restarted; it also keeps the names of services.
 """

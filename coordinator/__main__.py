@@ -24,6 +24,7 @@ from .server import Server, Settings, raise_descriptor_limit
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -31,8 +32,16 @@ async def run(settings: Settings, ready_fd: int | None) -> None:
     """Serve until SIGTERM, SIGINT or a SHUTDOWN request."""
     server = Server(settings)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, server.stop)
+
+    def stop() -> None:
+        """Stop in order; a second signal ends the process at once, which does no harm either."""
+        server.stop()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop)
 
     def ready(server: Server) -> None:
         if ready_fd is not None:

@@ -124,6 +124,18 @@ class Hosts:
         """Tell whether frames of some host are on their way back to the pool."""
         return any(host.retirement is not None for host in self._hosts.values())
 
+    async def find_lost_frames(self) -> int:
+        """Look for frames that the ledger missed, but not while a host is being reclaimed.
+
+        What an unfinished reclaim has freed must not be handed out: a coordinator that repeats the
+        reclaim, since this one was killed in the middle, would take it from its new owner.
+        Returns how many were found.
+        """
+        if self.reclaiming:
+            return 0
+        async with self._reclaim:
+            return await self._frames.look_for_lost()
+
     @property
     def nr_active(self) -> int:
         """Number of live hosts."""
@@ -382,11 +394,14 @@ class Hosts:
             host.process.close()
             host.process = None
 
-    async def close(self) -> None:
-        """Finish the reclaims that are under way, and stop watching."""
+    async def close(self, seconds: float) -> bool:
+        """Stop watching, and finish the reclaims under way. False: they do not end in that time."""
         retirements = {host.retirement for host in self if host.retirement is not None}
         if retirements:
-            await asyncio.wait(retirements)
+            _, unfinished = await asyncio.wait(retirements, timeout=seconds)
+            if unfinished:
+                return False
         for host in [*self, *self._lingering]:
             self._forget_process(host)
             host.drop_guard()
+        return True

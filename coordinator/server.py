@@ -38,6 +38,7 @@ from .waits import Changes
 log = logging.getLogger(__name__)
 
 THREADS = 4  # for looks at the whole device and reclaims, of which one runs at a time
+RECLAIM_SECONDS = 30.0  # a reclaim under way gets to end when the coordinator is stopped
 ACCEPT_PAUSE = 0.1  # seconds, when descriptors have run out
 
 
@@ -232,7 +233,11 @@ class Server:
             )
         for connection in connections:
             connection.close()
-        await self._hosts.close()
+        if not await self._hosts.close(RECLAIM_SECONDS):
+            # Crash-only: the next coordinator finishes it, from what the device says.
+            log.error("a reclaim does not end; it is left to the next coordinator")
+            logging.shutdown()
+            os._exit(1)
         await self._loop.run_in_executor(None, self._threads.shutdown)
         self._locked.close()
 

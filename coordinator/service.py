@@ -89,6 +89,9 @@ class Service:
         """
         self.requests[request.type.name] += 1
         if self.stopping:
+            # Hosts take a refusal for the last word, but wait for the next coordinator when this
+            # one hangs up.
+            connection.close()
             raise Refused(Status.SHUTTING_DOWN, "the coordinator is shutting down")
         if request.type in NEEDS_HOST:
             self._parts.hosts.of(connection)  # refuses

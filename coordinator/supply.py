@@ -85,7 +85,7 @@ class Supply:
             except OutOfFrames:
                 if not deadline:
                     deadline = loop.time() + self._recall_seconds
-                    if await self._frames.look_for_lost():
+                    if await self._hosts.find_lost_frames():
                         continue
                 awaited = self._recall(host, want, min_run) or self._hosts.reclaiming
                 if not awaited or loop.time() >= deadline:

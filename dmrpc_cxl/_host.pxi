@@ -720,9 +720,10 @@ cdef class Host:
             if r.spent:
                 raise _errors.RefConsumed("map_ref: this Ref was mapped or dropped before")
             w = r.w
+        elif type(ref) is bytes and PyBytes_GET_SIZE(ref) == sizeof(w):
+            memcpy(&w, PyBytes_AS_STRING(ref), sizeof(w))
         else:
-            r = Ref.from_bytes(ref, self)
-            w = r.w
+            w = (<Ref>Ref.from_bytes(ref, self)).w
         if copy:
             flags |= DM_MAP_COPY
         if reserve:
@@ -736,10 +737,11 @@ cdef class Host:
                 s = _retry_map(h, &w, flags, &id, &err)
             self.users -= 1
         if s:
-            if s == DM_ERR_REF_CONSUMED:
+            if s == DM_ERR_REF_CONSUMED and r is not None:
                 r.spent = True
             raise_status(s, &err, "map_ref")
-        r.spent = True
+        if r is not None:
+            r.spent = True
         cdef Buffer b = self.buffer_of(id)
         if dm_too_many_free(h):
             self.balance()

@@ -13,6 +13,7 @@ The first two forms are run without a shell: quotes work, redirections do not.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -26,6 +27,7 @@ from .topology import HostSpec, Program
 
 DEMO_HOSTS = 4
 MIN_DEMO_HOSTS = 3
+DEMO_NEEDS = ("PIL", "skimage")
 RESERVED = ("coordinator", "fabric")  # what the lines of others are prefixed with
 
 _NAMED = re.compile(r"([a-z][a-z0-9._-]*)=(.*)", re.DOTALL)
@@ -111,6 +113,10 @@ def demo_hosts(checkout: Path, nr_hosts: int | None, args: Sequence[str]) -> tup
         )
     if not (checkout / "examples" / "photos" / "client.py").exists():
         raise MisuseError("the demonstration is part of the checkout only: give --program")
+    if missing := [name for name in DEMO_NEEDS if importlib.util.find_spec(name) is None]:
+        raise MisuseError(
+            f"the demonstration needs {' and '.join(missing)}: pip install pillow scikit-image"
+        )
     path = (("PYTHONPATH", str(checkout)),)
     workers = [f"worker-{number}" for number in range(1, nr_hosts - 1)]
 

@@ -1,7 +1,7 @@
 """userfaultfd for Python: page faults of your own choosing, handled by your own code.
 
-Linux can hand the page faults in a range of memory to a program: it is told of a touched page that is
-missing, write-protected or not yet mapped, and the touching thread sleeps until the program has
+Linux can hand the page faults in a range of memory to a program: it is told of a touched page that
+is missing, write-protected or not yet mapped, and the touching thread sleeps until the program has
 supplied the page. Pure Python, no dependencies, Linux only.
 
 Map of the package:
@@ -17,9 +17,9 @@ Map of the package:
     Waiting                  how many threads sleep in a fault                       _system.py
     UserfaultfdError ...     the exception tree                                      errors.py
 
-**A Python thread must not serve the faults of its own process**: the thread that faults keeps the GIL
-while it sleeps, so the one that should help it never runs. Serve them from another process, or from a thread
-that needs no Python. README.md shows how.
+**A Python thread must not serve the faults of its own process**: the thread that faults keeps the
+GIL while it sleeps, so the one that should help it never runs. Serve them from another process, or
+from a thread that needs no Python. README.md shows how.
 """
 
 from ._abi import PAGE_SIZE, Feature, Ioctl, Method, RegisterMode

@@ -1,7 +1,7 @@
 """The kernel's binary interface to userfaultfd: numbers, flags and structures, each written once.
 
-Nothing is taken from C headers. Those of the build machine are often older than the kernel that runs
-(or newer), and what the kernel can do is asked of the kernel, in the handshake.
+Nothing is taken from C headers. Those of the build machine are often older than the kernel that
+runs (or newer), and what the kernel can do is asked of the kernel, in the handshake.
 
 Rules:
 

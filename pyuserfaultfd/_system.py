@@ -1,8 +1,8 @@
 """The two calls into the kernel, and how a descriptor is got from it.
 
-Both calls go through ctypes, which lets go of the GIL while the kernel works and keeps what the kernel
-wrote even when the call fails. The latter is why fcntl.ioctl is not used: from Python 3.14 on it drops the
-output of a failed call, and that output is how many bytes of a copy were done.
+Both calls go through ctypes, which lets go of the GIL while the kernel works and keeps what the
+kernel wrote even when the call fails. The latter is why fcntl.ioctl is not used: recent CPython
+drops the output of a failed call, and that output is how many bytes of a copy were done.
 
 Who may open a userfaultfd (Linux 6.1 and later; before that there is no device):
 
@@ -11,9 +11,9 @@ Who may open a userfaultfd (Linux 6.1 and later; before that there is no device)
     it may open /dev/userfaultfd               device, all faults
     anybody else                               system call, only with UFFD_USER_MODE_ONLY
 
-So there is always a way, but the last one reports no fault that the kernel takes for the process, as when
-read(2) is given a registered buffer; such a call fails with EFAULT. A program has to be written for
-that, so it is never chosen unless the caller says so.
+So there is always a way, but the last one reports no fault that the kernel takes for the process,
+as when read(2) is given a registered buffer; such a call fails with EFAULT. A program has to be
+written for that, so it is never chosen unless the caller says so.
 """
 
 from __future__ import annotations

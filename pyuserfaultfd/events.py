@@ -1,8 +1,8 @@
 """What a userfaultfd reports, as a closed set of immutable values.
 
-The kernel sends fixed-size messages: a byte that says which event, and a union. Here each member of the
-union is a class with only its own fields. A message that fits none of them is an error and never
-skipped, for some thread may be asleep until it is answered.
+The kernel sends fixed-size messages: a byte that says which event, and a union. Here each member of
+the union is a class with only its own fields. A message that fits none of them is an error and
+never skipped, for some thread may be asleep until it is answered.
 
     PageFault   a thread touched a page, and sleeps until the page is resolved
     Fork        the process forked; here is the child's descriptor   Feature.EVENT_FORK

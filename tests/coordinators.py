@@ -283,12 +283,10 @@ class Coordinated:
 
     def finish(self) -> None:
         """Let all hosts die, and check that everything came back and nothing stays behind."""
-        nr_hosts = len(self.device.hosts())
-        died = len(re.findall(r"died: \d+ frames", self.coordinator.log))
         for host in self.raw_hosts:
             host.close()
         if self.coordinator.process.poll() is None:
-            self.host_died(died + nr_hosts)
+            self.wait_until(lambda: not self.device.hosts())
             self.wait_until(lambda: self.coordinator.nr_guards() == 0)
             pool = self.stats()["pool"]
             assert (pool["free"], pool["extents"]) == (self.nr_frames, 1)

@@ -58,7 +58,7 @@ static void undo_scattered(struct dm_host *h, uint32_t page, uint32_t done, uint
     (void)dm_area_give(h, page, nr, &ignored);
 }
 
-/* Enough frames, but no run that long: piece them together in the VMA area. */
+/* Enough frames, but no run that long, or their window pages are taken: piece them together in the VMA area. */
 static int ralloc_scattered(struct dm_host *h, uint32_t nr, uint64_t size, uint32_t *id,
                             struct dm_error *e) {
     uint32_t page = dm_area_take(h, nr);
@@ -136,7 +136,7 @@ int dm_ralloc(struct dm_host *h, uint64_t size, unsigned flags, bool may_block, 
         return ralloc_lazy(h, nr, size, id, e);
     }
     s = dm_take_run(h, nr, may_block, &pfn, e);
-    if (s == DM_ERR_OUT_OF_FRAMES && may_block && nr > 1) {
+    if (s == DM_ERR_OUT_OF_FRAMES && may_block) {
         struct dm_error second = {0};
         if (ralloc_scattered(h, nr, size, id, &second) == DM_OK) {
             DM_COUNT(h, ralloc_calls, 1);

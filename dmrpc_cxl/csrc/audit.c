@@ -138,10 +138,11 @@ static uint64_t audit_overflow(struct audit *a, uint32_t entry, const struct dm_
     const struct dm_superblock *geo = &a->dev->geo;
     const struct dm_ref_overflow *over = (const struct dm_ref_overflow *)a->page;
     const uint32_t cap = (uint32_t)((geo->page_size - sizeof *over) / sizeof(struct dm_run));
-    uint32_t pfn = ref->overflow, links = 0;
+    uint32_t link = ref->overflow, links = 0;
     uint64_t pages = 0;
 
-    for (; pfn != DM_NO_FRAME && links < ref->nr_overflow; links++) {
+    for (; link && links < ref->nr_overflow; links++) {
+        uint32_t pfn = link - 1;
         if (pfn >= geo->nr_frames) {
             violation(a, DM_NO_FRAME, "Ref entry %u: overflow frame %u does not exist", entry, pfn);
             return pages;
@@ -157,9 +158,9 @@ static uint64_t audit_overflow(struct audit *a, uint32_t entry, const struct dm_
         }
         pages += audit_runs(a, entry, over->runs, over->nr_runs);
         left -= over->nr_runs;
-        pfn = over->next;
+        link = over->next;
     }
-    if (left != 0 || links != ref->nr_overflow || pfn != DM_NO_FRAME)
+    if (left != 0 || links != ref->nr_overflow || link)
         violation(a, DM_NO_FRAME, "Ref entry %u: its overflow frames end too early or too late",
                   entry);
     return pages;
@@ -178,10 +179,10 @@ static void audit_ref(struct audit *a, uint32_t entry) {
     state = dm_ref_state(ref.state);
     if (state != DM_REF_LIVE)
         a->out->in_flight++;
-    if (state > DM_REF_DROPPING)
+    if (state > DM_REF_CLONING)
         violation(a, DM_NO_FRAME, "Ref entry %u: state %u is none", entry, state);
-    /* BUILDING: the counts are not the Ref's yet. MAPPING and DROPPING: they are until it is FREE. */
-    if (state != DM_REF_LIVE && state != DM_REF_MAPPING && state != DM_REF_DROPPING)
+    /* BUILDING: the counts are not the Ref's yet. In the other states they are until it is FREE. */
+    if (state < DM_REF_LIVE || state > DM_REF_CLONING)
         return;
     if (state == DM_REF_LIVE)
         a->out->live_refs++;

@@ -139,6 +139,8 @@ bool dm_freelist_take(struct dm_freelist *fl, uint32_t nr, uint32_t *pfn) {
 }
 
 uint32_t dm_freelist_take_upto(struct dm_freelist *fl, uint32_t nr, uint32_t *pfn) {
+    if (nr == 0)
+        return 0;
     if (fl->nr_displaced) {
         uint32_t first = scan(fl->displaced, fl->displaced_cursor, fl->nr_frames, true);
         if (first == fl->nr_frames)

@@ -133,7 +133,6 @@ struct dm_host {
     _Atomic int handler_state; /* 0 starting, 1 serving, 2 told to stop, 3 stopped, negative: status */
     _Atomic int handler_tid;
     _Atomic bool fenced;
-    _Atomic uint32_t recall;
 };
 
 #define DM_COUNT(h, name, n) ((h)->entry->counters[DM_CNT_##name] += (n))
@@ -188,6 +187,8 @@ bool dm_all_exclusive(const struct dm_host *h, const struct dm_run *runs, uint32
 
 /* ---- supply.c: frames from and to the coordinator */
 int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, struct dm_error *e);
+uint32_t dm_unpromised(const struct dm_host *h);
+int dm_take_one(struct dm_host *h, bool may_block, uint32_t *pfn, struct dm_error *e);
 int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_run *run);
 int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run, struct dm_error *e);
 int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_error *e);
@@ -221,7 +222,7 @@ int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const v
                     uint64_t deadline, struct dm_error *e);
 int dm_guard_open(struct dm_host *h, struct dm_error *e);
 
-/* ---- fault.c */
+/* ---- handler.c */
 int dm_handler_start(struct dm_host *h, struct dm_error *e);
 void dm_handler_stop(struct dm_host *h);
 

@@ -244,7 +244,7 @@ struct dm_ref_entry {
     uint32_t page_offset; /* of the first byte in the first page */
     uint32_t nr_pages;
     uint32_t nr_runs;
-    uint32_t overflow; /* first overflow frame or DM_NO_FRAME */
+    uint32_t overflow; /* first overflow frame + 1; 0: none, as in an entry that was never used or is free */
     uint32_t nr_overflow;
     uint16_t creator;
     uint16_t reserved;
@@ -254,7 +254,7 @@ struct dm_ref_entry {
 
 /* Overflow frame: runs that do not fit inline; the Ref holds one count of it. */
 struct dm_ref_overflow {
-    uint32_t next; /* next overflow frame or DM_NO_FRAME */
+    uint32_t next; /* next overflow frame + 1; 0: none */
     uint32_t nr_runs;
     struct dm_run runs[];
 };

@@ -30,6 +30,7 @@ struct recovery {
     uint32_t *pt;
     uint16_t host;
     uint32_t page_shift, nr_frames;
+    bool damaged; /* the intent record makes no sense */
     struct dm_recovery *out;
 };
 
@@ -49,19 +50,20 @@ static void count_down(struct recovery *r, uint32_t pfn) {
     uint64_t word = __atomic_load_n(at, __ATOMIC_RELAXED), next;
     do {
         if (dm_frame_refcount(word) == 0)
-            return; /* damaged; fsck tells */
+            return; /* damaged; `dmrpc fabric verify` tells */
         next = dm_frame_refcount(word) == 1 ? dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word))
                                             : word - 1;
     } while (!__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
     r->out->frames_reclaimed += dm_frame_refcount(next) == 0;
 }
 
-/* A frame that only the dead host could touch: taken from its free list, or its alone. To the pool. */
+/* A frame that the dead host took from its free list, or still has there: its word names the host until it is in the
+ * pool, where somebody else may get it at once. To the pool. */
 static void reclaim(struct recovery *r, uint32_t pfn) {
     if (pfn >= r->nr_frames)
         return;
     uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE);
-    if (dm_frame_refcount(word) > 1 || (dm_frame_refcount(word) == 0 && dm_frame_owner(word) != r->host))
+    if (dm_frame_refcount(word) > 1 || dm_frame_owner(word) != r->host)
         return;
     if (__atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
                                     dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
@@ -86,8 +88,8 @@ static int runs_of(struct recovery *r, const struct dm_ref_entry *entry, struct 
 }
 
 static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
-    while (entry->overflow < r->nr_frames) {
-        uint32_t pfn = entry->overflow;
+    while (entry->overflow && entry->overflow <= r->nr_frames) {
+        uint32_t pfn = entry->overflow - 1;
         const struct dm_ref_overflow *o =
             (const struct dm_ref_overflow *)(data_of(r) + ((uint64_t)pfn << r->page_shift));
         __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
@@ -103,25 +105,36 @@ static void make_free(struct dm_ref_entry *entry) {
                      __ATOMIC_RELEASE);
 }
 
-/* Drop the counts of a Ref in state DROPPING, from frame `done` on; its progress is kept as for a living host. */
-static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
-    struct dm_ref_entry *entry = &r->dev->refs[index];
+static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
+    const struct dm_ref_entry *entry = &r->dev->refs[index];
     struct dm_runs runs;
     if (runs_of(r, entry, &runs)) {
         r->out->refs_damaged++;
-        return;
+        return -1;
     }
     r->intent->ref = index;
+    r->intent->page = 0;
+    r->intent->nr = entry->nr_pages;
     progress(r, done);
     __atomic_store_n(&r->intent->op, DM_INTENT_DROP, __ATOMIC_RELEASE);
     uint64_t at = 0;
     for (uint32_t i = 0; i < runs.nr; i++)
         for (uint32_t k = 0; k < runs.list[i].count; k++)
-            if (at++ >= done && runs.list[i].pfn != DM_NO_FRAME) {
+            if (at++ >= done) {
                 progress(r, at);
-                count_down(r, runs.list[i].pfn + k);
+                if (runs.list[i].pfn != DM_NO_FRAME)
+                    count_down(r, runs.list[i].pfn + k);
             }
     dm_runs_free(&runs);
+    return 0;
+}
+
+/* Drop the counts of a Ref in state DROPPING, from frame `done` on; its progress is kept as for a living host. */
+static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
+    struct dm_ref_entry *entry = &r->dev->refs[index];
+    if (done < entry->nr_pages && drop_counts(r, index, done))
+        return;
+    /* From here on the list of runs may be incomplete, and is not needed: progress says so. */
     free_overflow(r, entry);
     make_free(entry);
     __atomic_store_n(&r->intent->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
@@ -149,7 +162,9 @@ static void drop_held_refs(struct recovery *r) {
                 finish_drop(r, i, 0);
             break;
         case DM_REF_DROPPING:
-            finish_drop(r, i, 0);
+            /* Claimed, and the intent not written yet: no count was dropped. */
+            if (!r->damaged)
+                finish_drop(r, i, 0);
             break;
         default:
             break;
@@ -186,12 +201,15 @@ static void undo_clone(struct recovery *r) {
         r->out->refs_damaged++;
         return;
     }
-    uint64_t done = r->intent->progress, at = 0;
-    for (uint32_t i = 0; i < runs.nr; i++)
-        for (uint32_t k = 0; k < runs.list[i].count && at < done; k++, at++)
+    uint64_t at = r->dev->refs[r->intent->ref].nr_pages;
+    for (uint32_t i = runs.nr; i-- > 0;)
+        for (uint32_t k = runs.list[i].count; k-- > 0;) {
+            if (--at >= r->intent->progress)
+                continue;
+            progress(r, at);
             if (runs.list[i].pfn != DM_NO_FRAME)
                 count_down(r, runs.list[i].pfn + k);
-    progress(r, 0);
+        }
     dm_runs_free(&runs);
 }
 
@@ -211,6 +229,21 @@ static void settle_new_frames(struct recovery *r, bool copied) {
     }
 }
 
+/* An exclusive run that the host was freeing: each frame is in use by it alone, or free and its own already. The words do not
+ * tell a frame that was reclaimed before, by a recovery that was interrupted: progress does. */
+static void finish_free(struct recovery *r) {
+    for (uint64_t i = r->intent->progress; i < r->intent->nr; i++) {
+        uint32_t pfn = r->intent->pfn + (uint32_t)i;
+        progress(r, i + 1);
+        if (pfn >= r->nr_frames)
+            return;
+        if (dm_frame_refcount(__atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE)) == 1)
+            count_down(r, pfn);
+        else
+            reclaim(r, pfn);
+    }
+}
+
 static bool intent_makes_sense(const struct recovery *r) {
     const struct dm_intent *in = r->intent;
     uint64_t pages = r->dev->geo.ptes_per_host;
@@ -222,15 +255,19 @@ static void settle_intent(struct recovery *r) {
     struct dm_intent *in = r->intent;
     if (!intent_makes_sense(r)) {
         r->out->refs_damaged++;
+        r->damaged = true;
         return;
     }
     struct dm_ref_entry *entry = &r->dev->refs[in->ref];
     switch ((enum dm_intent_op)__atomic_load_n(&in->op, __ATOMIC_ACQUIRE)) {
     case DM_INTENT_ALLOC:
-    case DM_INTENT_FREE_X:
         clear_ptes(r);
         for (uint64_t i = 0; i < in->nr; i++)
             reclaim(r, in->pfn + (uint32_t)i);
+        break;
+    case DM_INTENT_FREE_X:
+        clear_ptes(r);
+        finish_free(r);
         break;
     case DM_INTENT_SHARE:
         if (ref_untouched(r))

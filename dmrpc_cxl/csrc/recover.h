@@ -9,7 +9,7 @@ struct dm_recovery {
     uint64_t pages_unmapped;  /* PTEs whose counts were dropped */
     uint64_t refs_dropped;    /* Refs it held */
     uint64_t frames_reclaimed; /* frames that came to the pool */
-    uint64_t refs_damaged;    /* entries that made no sense; left for fsck */
+    uint64_t refs_damaged;    /* entries that made no sense; left for `dmrpc fabric verify` */
     uint64_t duration_ns;
 };
 

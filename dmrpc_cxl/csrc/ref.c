@@ -63,11 +63,11 @@ int dm_runs_of_entry(const struct dm_ref_entry *entry, const char *physmap, uint
             return DM_ERR_NO_MEMORY;
     }
     left -= inline_runs;
-    for (uint32_t pfn = entry->overflow; left; ) {
-        if (pfn >= nr_frames)
+    for (uint32_t link = entry->overflow; left;) {
+        if (link == 0 || link > nr_frames)
             return DM_ERR_CORRUPT;
         const struct dm_ref_overflow *o =
-            (const struct dm_ref_overflow *)(physmap + ((uint64_t)pfn << page_shift));
+            (const struct dm_ref_overflow *)(physmap + ((uint64_t)(link - 1) << page_shift));
         uint32_t n = o->nr_runs;
         if (n == 0 || n > left || n > runs_per_overflow(page_shift))
             return DM_ERR_CORRUPT;
@@ -77,7 +77,7 @@ int dm_runs_of_entry(const struct dm_ref_entry *entry, const char *physmap, uint
                 return DM_ERR_NO_MEMORY;
         }
         left -= n;
-        pfn = o->next;
+        link = o->next;
     }
     for (uint32_t i = 0; i < r->nr; i++)
         if (r->list[i].count == 0 ||
@@ -223,7 +223,6 @@ found:;
     entry->nr_runs = 0;
     entry->nr_pages = 0;
     entry->nr_overflow = 0;
-    entry->overflow = DM_NO_FRAME;
     entry->creator = h->id;
     return DM_OK;
 }
@@ -243,8 +242,8 @@ void dm_ref_slot_undo(struct dm_host *h, uint32_t index) {
 
 /* Unlink first, then drop: a crash leaves at most one overflow frame behind. */
 void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry) {
-    while (entry->overflow != DM_NO_FRAME) {
-        uint32_t pfn = entry->overflow;
+    while (entry->overflow) {
+        uint32_t pfn = entry->overflow - 1;
         const struct dm_ref_overflow *o = (const struct dm_ref_overflow *)dm_frame_data(h, pfn);
         __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
         if (dm_count_down(h, pfn))
@@ -262,14 +261,14 @@ int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *ru
     uint32_t end = nr_runs, per = runs_per_overflow(h->page_shift);
     while (end > done) { /* last part first: the chain is built from its end */
         uint32_t n = (end - done) % per ? (end - done) % per : per, pfn;
-        int s = dm_take_run(h, 1, may_block, &pfn, e);
+        int s = dm_take_one(h, may_block, &pfn, e);
         if (s)
             return s;
         struct dm_ref_overflow *o = (struct dm_ref_overflow *)dm_frame_data(h, pfn);
         o->next = entry->overflow;
         o->nr_runs = n;
         memcpy(o->runs, runs + end - n, n * sizeof runs[0]);
-        __atomic_store_n(&entry->overflow, pfn, __ATOMIC_RELEASE);
+        __atomic_store_n(&entry->overflow, pfn + 1, __ATOMIC_RELEASE);
         dm_frames_enter_use(h, pfn, 1);
         entry->nr_overflow++;
         end -= n;

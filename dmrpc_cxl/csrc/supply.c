@@ -14,7 +14,8 @@
 
 #include "host.h"
 
-static uint32_t available(const struct dm_host *h) {
+/* Free frames that are not promised to a mapping. */
+uint32_t dm_unpromised(const struct dm_host *h) {
     return h->free.nr_free > h->nr_reserved ? h->free.nr_free - h->nr_reserved : 0;
 }
 
@@ -142,7 +143,7 @@ int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, s
     bool defragmented = false;
     uint64_t give_up = 0;
     for (;;) {
-        if (available(h) >= nr && dm_freelist_take(&h->free, nr, pfn)) {
+        if (dm_unpromised(h) >= nr && dm_freelist_take(&h->free, nr, pfn)) {
             h->entry->nr_free = h->free.nr_free;
             return DM_OK;
         }
@@ -157,7 +158,7 @@ int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, s
             return dm_fail(e, DM_ERR_OUT_OF_FRAMES,
                            "no run of %u frames before the deadline: other threads took what came", nr);
         int s = dm_refill(h, &h->link, nr, nr, e);
-        if (s == DM_ERR_OUT_OF_FRAMES && !defragmented && available(h) > 0) {
+        if (s == DM_ERR_OUT_OF_FRAMES && !defragmented && dm_unpromised(h) > 0) {
             /* Our fragments and the pool's may make one run together. */
             defragmented = true;
             s = dm_give_back(h, &h->link, 0, e);
@@ -167,10 +168,24 @@ int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, s
     }
 }
 
+/* Take one frame, wherever its window page is: for overflow frames, which are not mapped. */
+int dm_take_one(struct dm_host *h, bool may_block, uint32_t *pfn, struct dm_error *e) {
+    struct dm_run run;
+    while (!dm_take_upto(h, 1, 0, &run)) {
+        if (!may_block)
+            return DM_AGAIN_BLOCKING;
+        int s = dm_refill(h, &h->link, 1, 1, e);
+        if (s)
+            return s;
+    }
+    *pfn = run.pfn;
+    return DM_OK;
+}
+
 /* Take up to nr consecutive frames for copy-on-write or holes without asking anybody; `reserved` of the host's
  * promised frames belong to the caller. Returns the number taken, 0 when there are none. */
 int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_run *run) {
-    uint32_t may = available(h) + (reserved < h->nr_reserved ? reserved : h->nr_reserved);
+    uint32_t may = dm_unpromised(h) + (reserved < h->nr_reserved ? reserved : h->nr_reserved);
     if (may > h->free.nr_free)
         may = h->free.nr_free;
     if (nr > may)

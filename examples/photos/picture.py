@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import skimage.data
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -45,17 +44,24 @@ VARIANTS: dict[str, Callable[[Pixels], Pixels]] = {
 
 def _load() -> dict[str, Pixels]:
     """Read the photographs that come with scikit-image: height x width for grey, x 3 for colour."""
+    import skimage.data  # takes half a second, and only the client needs it
+
     found = {name: getattr(skimage.data, name)() for name in (*COLOUR, *GREY)}
     found["motorcycle-left"], found["motorcycle-right"], _ = skimage.data.stereo_motorcycle()
     return found
 
 
 def pictures() -> Iterator[tuple[str, Pixels]]:
-    """Yield 120 pictures with their names: every photograph in every variant, contiguous in memory."""
+    """Return 120 pictures with their names: every photograph in every variant, contiguous in memory.
+
+    The photographs are read now, the variants are made one by one.
+    """
     photographs = _load()
-    for variant, change in VARIANTS.items():
-        for name, pixels in photographs.items():
-            yield f"{name}-{variant}", np.ascontiguousarray(change(pixels))
+    return (
+        (f"{name}-{variant}", np.ascontiguousarray(change(pixels)))
+        for variant, change in VARIANTS.items()
+        for name, pixels in photographs.items()
+    )
 
 
 # ---------------------------------------------------------------- histogram

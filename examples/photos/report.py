@@ -19,7 +19,7 @@ COLUMNS = {
     "round trips": lambda counters: counters["coordinator_round_trips"],
 }
 IN_BYTES = ("referenced", "copied")
-WIDTH = 96
+WIDTH = 100
 
 
 def size(nbytes: int) -> str:

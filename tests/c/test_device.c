@@ -522,7 +522,6 @@ static void audit_accepts_a_fabric_whose_counts_add_up(uint32_t page_size) {
         .state = dm_ref_pack(DM_REF_LIVE, 0, 3, 5),
         .nr_pages = 5,
         .nr_runs = 2,
-        .overflow = DM_NO_FRAME,
         .runs = {{10, 3}, {DM_NO_FRAME, 2}},
     };
     struct dm_audit *audit = audited(&dev);
@@ -544,12 +543,12 @@ static void audit_counts_overflow_frames_and_what_they_list(uint32_t page_size) 
         .state = dm_ref_pack(DM_REF_LIVE, 0, 1, 1),
         .nr_pages = 12,
         .nr_runs = 12,
-        .overflow = 200,
+        .overflow = 200 + 1,
         .nr_overflow = 2,
     };
-    a->next = 201;
+    a->next = 201 + 1;
     a->nr_runs = 2;
-    b->next = DM_NO_FRAME;
+    b->next = 0;
     b->nr_runs = 1;
     for (uint32_t i = 0; i < 12; i++) {
         struct dm_run run = {2 * i, 1};
@@ -566,14 +565,14 @@ static void audit_counts_overflow_frames_and_what_they_list(uint32_t page_size) 
     struct dm_audit *audit = audited(&dev);
     assert(audit->nr_violations == 0 && audit->overflow_frames == 2 && audit->ref_pages == 12);
 
-    b->next = 200; /* a cycle */
+    b->next = 200 + 1; /* a cycle */
     assert(audited(&dev)->nr_violations == 1);
     b->next = 5000; /* beyond nr_overflow: not even looked at */
     assert(audited(&dev)->nr_violations == 1);
     a->next = 5000;
     assert(audited(&dev)->nr_violations > 0);
-    a->next = 201;
-    b->next = DM_NO_FRAME;
+    a->next = 201 + 1;
+    b->next = 0;
     a->nr_runs = UINT32_MAX;
     assert(audited(&dev)->nr_violations > 0);
     dm_device_close(&dev);
@@ -625,7 +624,6 @@ static void audit_names_each_kind_of_damage(void) {
     dev.refs[2] = (struct dm_ref_entry){.state = dm_ref_pack(DM_REF_LIVE, 0, 1, 1),
                                         .nr_pages = 2,
                                         .nr_runs = 1,
-                                        .overflow = DM_NO_FRAME,
                                         .runs = {{NR_FRAMES - 1, 2}}};
     expect_one(&dev, DM_NO_FRAME, "Ref entry 2 covers frames");
     dev.refs[2].runs[0] = (struct dm_run){DM_NO_FRAME, 1};

@@ -155,7 +155,7 @@ def test_a_killed_coordinator_is_taken_over_from(fabric):
     found = fabric.device.superblock
     assert found["coordinator_pid"] == fabric.coordinator.process.pid != stale["coordinator_pid"]
     assert fabric.stats()["epoch"] == found["coordinator_epoch"] == 2
-    assert "did not stop in order; taking over" in fabric.coordinator.log
+    fabric.coordinator.logged("did not stop in order; taking over")
 
 
 def test_a_stopped_coordinator_is_not_dead(fabric):
@@ -289,7 +289,7 @@ def test_who_does_not_introduce_himself_is_cut_off_while_others_are_served(tmp_p
             assert client.stats()["epoch"] == 1
             assert silent.recv(1) == slow.recv(1) == b""
             assert client.stats()["epoch"] == 1  # who has introduced himself may be silent
-        assert fabric.coordinator.log.count("did not introduce itself in time") == 2
+        fabric.coordinator.logged("did not introduce itself in time", times=2)
 
 
 def test_one_connection_too_many_is_closed_and_the_others_stay(tmp_path):

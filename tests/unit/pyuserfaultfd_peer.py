@@ -1,15 +1,17 @@
 """A second process for the tests of pyuserfaultfd, and the watch over what they leave behind.
 
-A fault must be served by another process than the one that takes it: a Python thread that faults keeps the
-GIL. So the memory belongs to a child, which sends its userfaultfd over a socket; the test holds the other
-end and serves. A test that only touches memory of its own runs as a whole in a child (``isolated``).
+A fault must be served by another process than the one that takes it: a Python thread that faults
+keeps the GIL. So the memory belongs to a child, which sends its userfaultfd over a socket; the test
+holds the other end and serves. A test that only touches memory of its own runs as a whole in a
+child (``isolated``).
 
-Nothing here waits without end: a child is under a watchdog that needs no GIL, and the test waits for events
-and messages with a timeout that is there to fail, not to pass.
+Nothing here waits without end: a child is under a watchdog that needs no GIL, and the test waits
+for events and messages with a timeout that is there to fail, not to pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -197,11 +199,11 @@ def one_fault(uffd: UserFaultFD) -> PageFault:
 
 
 def descriptors_and_children() -> tuple[list[str], list[str]]:
-    children = [
-        pid
-        for task in Path("/proc/self/task").iterdir()
-        for pid in (task / "children").read_text(encoding="utf-8").split()
-    ]
+    children: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        # A thread may end meanwhile; its children then belong to another one.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children += (task / "children").read_text(encoding="utf-8").split()
     return sorted(os.listdir("/proc/self/fd")), sorted(children)
 
 

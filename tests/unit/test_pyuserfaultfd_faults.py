@@ -1,7 +1,7 @@
 """pyuserfaultfd: faults and events of one process, read and answered by another.
 
-The functions whose names begin with ``child_`` run in the other process: they map memory, hand their
-userfaultfd over, and do what is to be noticed.
+The functions whose names begin with ``child_`` run in the other process: they map memory, hand
+their userfaultfd over, and do what is to be noticed.
 """
 
 from __future__ import annotations
@@ -517,6 +517,22 @@ def test_cancelled_wait_loses_no_event():
     with serving(child_reads, 0, 0) as (child, uffd, _):
         asyncio.run(asyncio.wait_for(wait_in_vain_then_serve(child, uffd), LIMIT))
         assert child.receive()[0][0] == ord("a")
+
+
+def test_event_that_the_iterator_did_not_hand_out_is_still_with_the_kernel():
+    async def take_one(uffd: UserFaultFD) -> None:
+        async with contextlib.aclosing(uffd.events()) as events:
+            async for _ in events:
+                break
+
+    with serving(child_threads_read, 3) as (child, uffd, _):
+        child.link.send()
+        while uffd.waiting().unread < 3:
+            assert child.process.poll() is None
+        asyncio.run(asyncio.wait_for(take_one(uffd), LIMIT))
+        assert uffd.waiting() == (2, 3)
+        uffd.close()
+        child.receive()
 
 
 def test_second_task_may_not_wait_beside_the_first():

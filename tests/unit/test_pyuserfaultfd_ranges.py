@@ -1,7 +1,8 @@
 """pyuserfaultfd: operations on ranges, done before anybody touches them.
 
-A page that is filled beforehand raises no fault, so a process can do this to its own memory. Each test runs
-in a process of its own all the same: one mistake, and its only thread would sleep in the kernel.
+A page that is filled beforehand raises no fault, so a process can do this to its own memory. Each
+test runs in a process of its own all the same: one mistake, and its only thread would sleep in the
+kernel.
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+"""The bars of the fabric: `make bench` prints each with what was measured, and writes JSON.
+
+Every figure is a ratio of medians taken in one run, the two sides in alternation. A bar that is missed is printed as
+missed. `python -m benchmarks.bench --only copy --json FILE`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from . import fabric_attach, fabric_calls, fabric_copies, machine
+
+EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "steady": fabric_calls.steady_state,
+    "create-ref": fabric_calls.create_ref,
+    "circulate": fabric_calls.circulate,
+    "fault": fabric_copies.single_fault,
+    "overwrite": fabric_copies.overwrite,
+    "read": fabric_copies.read_shared,
+    "attach": fabric_attach.attach,
+}
+
+
+def _show(lines: list[dict[str, Any]], console: Console) -> None:
+    table = Table("bar", "measured", "required", "", "beside it", title="The fabric's bars", title_justify="left")
+    for line in lines:
+        sign = "≤" if line["at_most"] else "≥"
+        known = {"what", "measured", "bar", "at_most", "unit", "met", "spread"}
+        beside = ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in line.items()
+            if key not in known
+        )
+        table.add_row(
+            line["what"],
+            f"{line['measured']:.3g} {line['unit']}",
+            f"{sign} {line['bar']:.3g} {line['unit']}",
+            "[green]met[/]" if line["met"] else "[red]MISSED[/]",
+            beside,
+        )
+    console.print(table)
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(sorted(EXPERIMENTS)), help="Run these experiments only.")
+@click.option("--json", "path", type=click.Path(path_type=Path), default=Path("build/bench.json"), show_default=True)
+def main(only: tuple[str, ...], path: Path) -> None:
+    """Measure the fabric against its bars. Exits with 1 when one is missed."""
+    console = Console()
+    lines: list[dict[str, Any]] = []
+    start = time.monotonic()
+    for name in only or EXPERIMENTS:
+        with console.status(f"measuring: {name}"):
+            lines += EXPERIMENTS[name]()
+    _show(lines, console)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine.facts(), "bars": lines}, indent=1))
+    console.print(f"{time.monotonic() - start:.0f} s; figures in {path}")
+    sys.exit(not all(line["met"] for line in lines))
+
+
+if __name__ == "__main__":
+    main()
