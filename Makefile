@@ -26,7 +26,7 @@ MAKEFLAGS += --no-builtin-rules
 ##@ Use
 
 .PHONY: run
-run: $(VENV)/.native ## Start a fabric with a coordinator and hosts, and run the demonstration on it
+run: $(VENV)/.native $(VENV)/.examples ## Start a fabric with a coordinator and hosts, and run the demonstration on it
 	PYTHON=$(abspath $(PY)) PATH="$(abspath $(VENV)/bin):$$PATH" scripts/run_fabric.sh $(ARGS)
 
 .PHONY: examples
@@ -40,7 +40,7 @@ bench: $(VENV)/.native $(VENV)/.examples ## Measure, and print ratios [ARGS="...
 ##@ Test
 
 .PHONY: test
-test: $(VENV)/.native $(VENV)/.test ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
+test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: ctest asan tsan

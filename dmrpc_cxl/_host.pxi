@@ -22,8 +22,17 @@ cdef extern from "sched.h" nogil:
 
 cdef size_t _ZERO_WITH_GIL = 65536  # bytes; zeroing more than this is worth releasing the GIL
 
-# fabric id -> the host that unpickled Refs of that fabric belong to
-cdef object _hosts = _weakref.WeakValueDictionary()
+# Attached hosts of this process, newest last: unpickled Refs belong to the newest on their fabric.
+cdef list _hosts = []
+
+
+cdef Host _host_on(uint64_t fabric_id):
+    cdef Host host
+    for link in reversed(_hosts):
+        host = link()
+        if host is not None and host.h != NULL and host.h.fabric_id == fabric_id and not dm_forked(host.h):
+            return host
+    return None
 
 
 cdef int _not_dm(object operation) except -1:
@@ -32,6 +41,7 @@ cdef int _not_dm(object operation) except -1:
     )
 
 
+@cython.no_gc_clear
 @cython.freelist(256)
 cdef class Ref:
     """A transferable, single-holder claim on a run of frames: the bytes a buffer had when it was made.
@@ -49,6 +59,9 @@ cdef class Ref:
     cdef bint exported   # bytes were handed out
     cdef bint spent      # mapped or dropped through this object
     cdef object __weakref__
+
+    def __init__(self):
+        raise TypeError("a Ref is made by Host.create_ref, Ref.clone or Ref.from_bytes")
 
     def __dealloc__(self):
         cdef dm_error err
@@ -105,7 +118,7 @@ cdef class Ref:
             raise _errors.BadRef(f"a Ref has {sizeof(w)} bytes, not {len(raw)}")
         memcpy(&w, PyBytes_AS_STRING(raw), sizeof(w))
         if host is None:
-            host = _hosts.get(w.fabric_id)
+            host = _host_on(w.fabric_id)
             if host is None:
                 raise _errors.BadRef(
                     f"a Ref of fabric {w.fabric_id:016x}, to which no host of this process is attached"
@@ -130,8 +143,10 @@ cdef class Ref:
             raise _errors.RefConsumed("accept: this Ref was mapped or dropped before")
         if self.ours and not self.exported:
             return self
+        self.host.users += 1
         with nogil:
             s = _retry_accept(h, &self.w, &err)
+        self.host.users -= 1
         raise_status(s, &err, "accept")
         self.ours = True
         self.exported = False
@@ -154,12 +169,16 @@ cdef class Ref:
         cdef dm_host *h = self.host.enter("clone")
         if self.spent:
             raise _errors.RefConsumed("clone: this Ref was mapped or dropped before")
+        cdef uint32_t before = self.w.generation
         self.host.users += 1
         try:
             with nogil:
                 s = _retry_clone(h, &self.w, &out, &err)
         finally:
             self.host.users -= 1
+        if self.w.generation != before:  # accepted, whatever came of the clone
+            self.exported = False
+            self.ours = True
         raise_status(s, &err, "clone")
         self.ours = True
         return _ref_held(self.host, &out)
@@ -175,8 +194,10 @@ cdef class Ref:
         if self.spent:
             return False
         cdef dm_host *h = self.host.enter("drop")
+        self.host.users += 1
         with nogil:
             s = _retry_drop(h, &self.w, &err)
+        self.host.users -= 1
         if s == DM_ERR_REF_CONSUMED:
             self.spent = True
             return False
@@ -268,6 +289,7 @@ cdef int _retry_create(dm_host *h, uint64_t addr, uint64_t size, dm_ref_wire *ou
             return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
 
 
+@cython.no_gc_clear
 @cython.freelist(256)
 cdef class Buffer:
     """A mapping in DM: what ralloc and map_ref return. Supports the buffer protocol, writable.
@@ -282,6 +304,9 @@ cdef class Buffer:
     cdef int exports
     cdef bint live
     cdef object __weakref__
+
+    def __init__(self):
+        raise TypeError("a Buffer is made by Host.ralloc or Host.map_ref")
 
     def __dealloc__(self):
         cdef dm_error err
@@ -354,7 +379,13 @@ cdef class Buffer:
         import numpy
         cdef object view = memoryview(self)
         dtype = numpy.dtype(dtype)
+        if dtype.hasobject:
+            raise TypeError(f"{dtype} holds Python objects, whose pointers mean nothing to other processes")
+        if not 0 <= offset <= self.length:
+            raise _errors.BadSize(f"offset {offset}: the buffer has {self.length} bytes")
         if shape is None:
+            if dtype.itemsize == 0:
+                raise _errors.BadSize(f"{dtype} elements have no size; give a shape")
             if (self.length - offset) % dtype.itemsize:
                 raise _errors.BadSize(
                     f"{self.length - offset} bytes are no whole number of {dtype} elements; give a shape"
@@ -437,7 +468,7 @@ cdef class Host:
         self.h = h
         self.fabric = fabric
         self.name = name
-        _hosts[h.fabric_id] = self
+        _hosts.append(_weakref.ref(self, _hosts.remove))
 
     def __dealloc__(self):
         cdef dm_error err
@@ -471,7 +502,7 @@ cdef class Host:
 
     # ------------------------------------------------------------ Table II
 
-    def ralloc(self, uint64_t size, *, bint lazy=False, bint zero=True):
+    def ralloc(self, size, *, bint lazy=False, bint zero=True):
         """Allocate size bytes of DM for this host alone.
 
         Args:
@@ -494,21 +525,28 @@ cdef class Host:
         cdef uint32_t id = 0
         cdef unsigned flags = DM_ALLOC_LAZY if lazy else 0
         cdef int s = DM_AGAIN_BLOCKING
+        cdef uint64_t bytes_wanted
+        try:
+            bytes_wanted = size
+        except OverflowError:
+            if size < 0:
+                raise _errors.BadSize(f"ralloc: {size} bytes") from None
+            raise _errors.OutOfFrames(f"ralloc: {size} bytes are more than any device has") from None
         if dm_try_lock(h):
-            s = dm_ralloc(h, size, flags, False, &id, &err)
+            s = dm_ralloc(h, bytes_wanted, flags, False, &id, &err)
             dm_unlock(h)
         if s == DM_AGAIN_BLOCKING:
             self.users += 1
             with nogil:
                 dm_lock(h)
-                s = dm_ralloc(h, size, flags, True, &id, &err)
+                s = dm_ralloc(h, bytes_wanted, flags, True, &id, &err)
                 dm_unlock(h)
             self.users -= 1
         if s:
             raise_status(s, &err, "ralloc")
         cdef Buffer b = self.buffer_of(id)
         if zero and not lazy:
-            if size <= _ZERO_WITH_GIL:
+            if bytes_wanted <= _ZERO_WITH_GIL:
                 dm_zero(h, id)
             else:
                 self.users += 1
@@ -776,7 +814,6 @@ cdef class Host:
             if h.vmas[id].flags & DM_VMA_USED and h.vmas[id].buffer != NULL:
                 (<Buffer>h.vmas[id].buffer).live = False
         self.h = NULL
-        _hosts.pop(h.fabric_id, None)
         with nogil:
             s = dm_detach(h, &err)
         raise_status(s, &err, "detach")

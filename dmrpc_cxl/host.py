@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from typing import Any
 
@@ -53,12 +55,15 @@ class Host(_native.Host):
             raise TypeError(
                 f"{dtype} holds Python objects, whose pointers mean nothing to other processes"
             )
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        nbytes = dtype.itemsize
-        for length in shape:
-            nbytes *= length
+        try:
+            lengths: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
+        except TypeError:
+            lengths = tuple(operator.index(length) for length in shape)  # type: ignore[union-attr]
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"negative dimensions are not allowed: {shape}")
+        nbytes = dtype.itemsize * math.prod(lengths)
         buffer = self.ralloc(max(nbytes, 1), zero=zero)
-        return np.ndarray(shape, dtype, buffer=memoryview(buffer))
+        return np.ndarray(lengths, dtype, buffer=memoryview(buffer))
 
 
 def attach(

@@ -32,6 +32,15 @@ def forget(at: At) -> None:
     gc.collect()
 
 
+def end(fabric: Fabric) -> None:
+    """Remove a fabric after a failure, whatever its hosts are doing."""
+    for host in fabric.hosts:
+        if host.process.is_alive():
+            host.kill()
+        host.left = True
+    fabric.close(check=False)
+
+
 class Standing:
     """A fabric with as many hosts as there are dicts of attach() options."""
 
@@ -58,7 +67,7 @@ class Standing:
             assert not left, f"left behind: {left}"
         except BaseException:
             self._fabric = None
-            fabric.close(check=False)
+            end(fabric)
             raise
 
     def close(self) -> None:

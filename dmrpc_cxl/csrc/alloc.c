@@ -34,7 +34,8 @@ bool dm_pt_vacant(const struct dm_host *h, uint32_t page, uint32_t nr) {
 }
 
 static int pages_of(const struct dm_host *h, uint64_t size, uint32_t *nr, struct dm_error *e) {
-    uint64_t pages = (size + ((uint64_t)1 << h->page_shift) - 1) >> h->page_shift;
+    uint64_t rest = size & (((uint64_t)1 << h->page_shift) - 1);
+    uint64_t pages = (size >> h->page_shift) + (rest != 0);
     if (size == 0)
         return dm_fail(e, DM_ERR_BAD_SIZE, "a size of 0 bytes");
     if (pages > h->nr_frames)

@@ -392,6 +392,11 @@ int dm_device_open(struct dm_device *dev, int fd, bool writable, struct dm_error
         dev->fd = -1;
         return status;
     }
+    struct stat st;
+    if (fstat(dev->fd, &st) == 0) {
+        dev->file_dev = st.st_dev;
+        dev->file_ino = st.st_ino;
+    }
     dev->writable = writable;
     dev->base = base;
     dev->sb = base;
@@ -407,7 +412,9 @@ int dm_device_open(struct dm_device *dev, int fd, bool writable, struct dm_error
 void dm_device_close(struct dm_device *dev) {
     if (dev->base)
         munmap(dev->base, dev->geo.device_bytes);
-    if (dev->fd >= 0)
+    /* The number may be another file's by now, if somebody closed ours behind our back. */
+    struct stat st;
+    if (dev->fd >= 0 && fstat(dev->fd, &st) == 0 && st.st_dev == dev->file_dev && st.st_ino == dev->file_ino)
         close(dev->fd);
     memset(dev, 0, sizeof *dev);
     dev->fd = -1;

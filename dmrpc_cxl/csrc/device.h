@@ -17,6 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/types.h>
 
 #include "layout.h"
 #include "status.h"
@@ -35,6 +36,8 @@ static inline void dm_error_init(struct dm_error *err) {
 
 struct dm_device {
     int fd; /* our own duplicate */
+    dev_t file_dev;
+    ino_t file_ino;
     bool writable;
     struct dm_superblock geo; /* as verified; its coordinator fields mean nothing */
     uint8_t *base;            /* the whole file, MAP_SHARED */

@@ -17,7 +17,7 @@
 #include "intent.h"
 #include "uffd.h"
 
-#define GROWTH 16u /* of the window at each sequential fault, which costs as much as copying some 40 pages */
+#define GROWTH 8u /* of the window at each sequential fault, which costs as much as copying some 40 pages */
 
 /* ---------------------------------------------------------------- which pages */
 

@@ -253,6 +253,8 @@ static bool intent_makes_sense(const struct recovery *r) {
 
 static void settle_intent(struct recovery *r) {
     struct dm_intent *in = r->intent;
+    if (__atomic_load_n(&in->op, __ATOMIC_ACQUIRE) == DM_INTENT_NONE)
+        return; /* the other fields may be half written */
     if (!intent_makes_sense(r)) {
         r->out->refs_damaged++;
         r->damaged = true;

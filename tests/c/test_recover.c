@@ -88,11 +88,21 @@ static uint64_t hash_of(const void *bytes, size_t n) {
     return hash | 1;
 }
 
-/* Of all that recovery goes by, which is the tables but for the counters and gauges of the host entries. */
-static uint64_t essence(const struct dm_device *of) {
-    const struct dm_intent *intent = &of->hosts[SCENE_DEAD - 1].intent;
-    return hash_of(intent, sizeof *intent) * 3 +
-           hash_of(of->refs, tables_bytes() - of->geo.ref_table_off);
+struct look { /* at the device, hashed */
+    uint64_t refs;    /* the Refs, and what the intent is */
+    uint64_t essence; /* all that recovery goes by: the tables but for the host entries' counters */
+};
+
+/* Is the device in a state that is worth more trouble? Not twice in the same one; and of the long stretches in which counts
+ * are changed one after the other only a part, unless all are wanted. */
+static bool worth_a_look(struct look *last, bool all) {
+    const struct dm_intent *intent = &dev.hosts[SCENE_DEAD - 1].intent;
+    struct look now = {hash_of(dev.refs, SCENE_REFS * sizeof dev.refs[0]) + intent->op,
+                       hash_of(intent, sizeof *intent) * 3 +
+                           hash_of(dev.refs, tables_bytes() - dev.geo.ref_table_off)};
+    bool changed = now.essence != last->essence, reshaped = now.refs != last->refs;
+    *last = now;
+    return changed && (reshaped || all || check_slow() || rng_below(&rng, 16) == 0);
 }
 
 /* ---------------------------------------------------------------- what must hold */
@@ -231,27 +241,16 @@ static struct held same_as(const struct held *held) {
 /* ---------------------------------------------------------------- recovery that is interrupted */
 
 struct interruption {
-    uint64_t last;  /* essence when it was looked at last */
-    uint64_t shape; /* the same of Refs and intent alone */
+    struct look look;
     uint32_t nr_stores, tried;
     char doing[128];
 };
 
-/* Not twice in the same state; and of the long stretches in which counts are dropped, one after the other, a part. */
-static bool worth_an_interruption(struct interruption *in) {
-    uint64_t now = essence(&dev);
-    uint64_t shape = hash_of(dev.refs, SCENE_REFS * sizeof dev.refs[0]) + dev.hosts[0].intent.op;
-    bool reshaped = shape != in->shape, changed = now != in->last;
-    in->last = now;
-    in->shape = shape;
-    return changed && (reshaped || check_slow() || in->tried < ALL_INTERRUPTIONS_UP_TO ||
-                       rng_below(&rng, 16) == 0);
-}
 
 static void recover_again(void *arg) {
     struct interruption *in = arg;
     in->nr_stores++;
-    if (!worth_an_interruption(in))
+    if (!worth_a_look(&in->look, in->tried < ALL_INTERRUPTIONS_UP_TO))
         return;
     in->tried++;
     snprintf(check_doing, sizeof check_doing, "%s; recovery stopped behind its store %u", in->doing,
@@ -355,17 +354,17 @@ static bool killed_at(const struct scenario *what, uint32_t at) {
 }
 
 /* Returns how many interrupted recoveries were tried. */
-static uint32_t die_and_recover(const struct scenario *what, uint32_t at, unsigned most_leaks) {
-    static uint64_t last;
+static uint32_t die_and_recover(const struct scenario *what, uint32_t at, unsigned most_leaks,
+                                bool every) {
+    static struct look last;
     snprintf(check_doing, sizeof check_doing, "%s, killed behind store %u", what->name, at);
     (void)killed_at(what, at);
-    uint64_t now = essence(&dev);
+    bool more = worth_a_look(&last, every);
     save(crashed, &dev);
     recover(&dev);
     expect_recovered(&dev, &note->held, most_leaks);
-    if (now == last)
+    if (!more)
         return 0;
-    last = now;
     uint32_t tried = interrupt_recovery();
     if (check_slow() || rng_below(&rng, 2) == 0)
         recover_beside_a_greedy_host();
@@ -383,12 +382,13 @@ static void death_leaves_at_most_one_frame(const struct scenario *what) {
     snprintf(check_doing, sizeof check_doing, "%s, not killed", what->name);
     EXPECT(!killed_at(what, UINT32_MAX));
     uint32_t nr_stores = note->nr_stores;
+    bool every = nr_stores <= ALL_STORES_UP_TO;
     EXPECT(nr_stores > 0);
-    interruptions += die_and_recover(what, UINT32_MAX, 0);
+    interruptions += die_and_recover(what, UINT32_MAX, 0, true);
     for (uint32_t at = 0; at <= nr_stores; at++) {
         if (!worth_a_try(at, nr_stores))
             continue;
-        interruptions += die_and_recover(what, at, at && at < nr_stores);
+        interruptions += die_and_recover(what, at, at && at < nr_stores, every);
         deaths++;
     }
     check_doing[0] = 0;

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import os
 import socket
 import tempfile
@@ -33,8 +32,9 @@ from hypothesis.stateful import (
 import dmrpc_cxl
 from dmrpc_cxl.errors import AddressSpaceFull, OutOfFrames, RefConsumed, RefTableFull
 from dmrpc_cxl.fabric import device as devices
-from tests.fabrics import WATCHDOG_SECONDS, At, Fabric, running
+from tests.fabrics import WATCHDOG_SECONDS, At, Fabric
 from tests.plain_model import Handle, Mapping, Model, Snapshot, compare, longest_vacancy
+from tests.standing import end
 
 NR_FRAMES = 80
 MAX_REFS = 12
@@ -65,7 +65,6 @@ def attach_again(at: At, fabric: str, options: dict[str, Any]) -> int:
     faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True)
     host = at.host
     at.__dict__.clear()
-    gc.collect()
     host.detach()
     at.host = dmrpc_cxl.attach(fabric, **options)
     at.buffers, at.refs = {}, {}
@@ -202,21 +201,21 @@ class Operations(RuleBasedStateMachine):
         super().__init__()
         self.model = Model(self.mode.page_size, reads_allocate=self.mode.reads_allocate)
         self.next_key = 0
-        self.finished = False
+        self.began = self.failed = False
 
     @initialize()
     def begin(self) -> None:
         self.stand.begin()
         self.device = devices.open(self.stand.fabric.name)
+        self.began = True
 
     def call(self, host: int, function: Any, *args: Any) -> Any:
-        self.finished = False
+        self.failed = True  # until the rule has run to its end
         return self.stand.fabric.hosts[host].call(function, *args)
 
     @invariant()
-    def finish(self) -> None:
-        """Take note that a rule ran to its end: without it teardown does not look any further."""
-        self.finished = True
+    def ended(self) -> None:
+        self.failed = False
 
     def key(self) -> int:
         self.next_key += 1
@@ -445,11 +444,11 @@ class Operations(RuleBasedStateMachine):
         self.compare()
         for mapping in self.model.mappings:
             self.load(mapping, 0, len(mapping.data), kernel=False)
-        self.finished = True
 
     def teardown(self) -> None:
-        if not self.finished:  # it failed already; hosts may be gone
+        if self.failed or not self.began:  # hosts may be gone
             return
+        self.failed = True
         self.look()
         for mapping in self.model.mappings:
             self.call(mapping.host, rfree, mapping.key, "rfree")
@@ -468,6 +467,7 @@ class Operations(RuleBasedStateMachine):
         self.stand.begin()  # everybody leaves and comes back
         audit = self.stand.fabric.assert_sound()
         assert audit["pool"] == audit["nr_frames"], audit
+        self.failed = False
 
 
 def bytes_of(seed: int, length: int) -> bytes:
@@ -476,56 +476,64 @@ def bytes_of(seed: int, length: int) -> bytes:
     return ((seed * 37 + i * 11 + (i >> 8) * 5 + 1) % 251).astype("u1").tobytes()
 
 
+class Stands:
+    """The fabric of a mode. A sequence that fails may have ended its hosts: the next one gets a new fabric."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.stand: Stand | None = None
+
+    def get(self) -> Stand:
+        if self.stand is None:
+            mode = self.mode
+            fabric = Fabric(
+                size=NR_FRAMES * mode.page_size,
+                page_size=mode.page_size,
+                max_refs=MAX_REFS,
+                coordinator=SMALL_BATCHES,
+            )
+            options = {"reads_allocate": mode.reads_allocate, "copy_around": mode.copy_around}
+            self.stand = Stand(fabric, options)
+            for _ in range(HOSTS):
+                fabric.host(**options)
+        return self.stand
+
+    def discard(self) -> None:
+        if self.stand is not None:
+            fabric, self.stand = self.stand.fabric, None
+            end(fabric)
+
+
 def run(mode: Mode, examples: int, steps: int) -> None:
-    options = {
-        "reads_allocate": mode.reads_allocate,
-        "copy_around": mode.copy_around,
-        "deadline": 10.0,
-    }
-    class_name = f"Operations on {mode}"
+    stands = Stands(mode)
 
-    # A process that died takes the fabric of all later sequences with it: each failure gets a new one.
-    stands: list[Stand] = []
+    class Here(Operations):
+        def __init__(self) -> None:
+            self.mode = mode
+            self.stand = stands.get()
+            super().__init__()
 
-    with contextlib.ExitStack() as stack:
-
-        class Here(Operations):
-            def __init__(self) -> None:
-                self.mode = mode
-                if stands and not (failed and failed[-1]):
-                    self.stand = stands[-1]
-                else:
-                    self.stand = self.new_stand()
-                failed.append(True)
-                super().__init__()
-
-            def new_stand(self) -> Stand:
-                fabric = Fabric(
-                    size=NR_FRAMES * mode.page_size, page_size=mode.page_size,
-                    max_refs=MAX_REFS, coordinator=SMALL_BATCHES,
-                )  # fmt: skip
-                stack.callback(fabric.close, check=False)
-                for _ in range(HOSTS):
-                    fabric.host(**options)
-                stands.append(Stand(fabric, options))
-                return stands[-1]
-
-            def teardown(self) -> None:
+        def teardown(self) -> None:
+            try:
                 super().teardown()
-                failed[-1] = not self.finished
+            finally:
+                if self.failed:
+                    stands.discard()
 
-        failed: list[bool] = []
-        Here.__name__ = Here.__qualname__ = class_name
+    try:
         run_state_machine_as_test(
             Here,
             settings=settings(
+                deadline=None,
                 max_examples=examples,
                 stateful_step_count=steps,
-                deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
         )
-        stands[-1].fabric.close()
+        fabric, stands.stand = stands.get().fabric, None
+        fabric.close()
+    finally:
+        stands.discard()
 
 
 MODES = [
@@ -538,4 +546,10 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_any_sequence_of_operations_behaves_like_private_copies(mode: Mode) -> None:
-    run(mode, examples=25, steps=40)
+    run(mode, examples=40, steps=50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_any_long_sequence_of_operations_behaves_like_private_copies(mode: Mode) -> None:
+    run(mode, examples=1500, steps=100)
