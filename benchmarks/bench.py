@@ -31,7 +31,15 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def _show(lines: list[dict[str, Any]], console: Console) -> None:
-    table = Table("bar", "measured", "required", "", "beside it", title="The fabric's bars", title_justify="left")
+    table = Table(
+        "bar",
+        "measured",
+        "required",
+        "",
+        "beside it",
+        title="The fabric's bars",
+        title_justify="left",
+    )
     for line in lines:
         sign = "≤" if line["at_most"] else "≥"
         known = {"what", "measured", "bar", "at_most", "unit", "met", "spread"}
@@ -51,8 +59,19 @@ def _show(lines: list[dict[str, Any]], console: Console) -> None:
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(sorted(EXPERIMENTS)), help="Run these experiments only.")
-@click.option("--json", "path", type=click.Path(path_type=Path), default=Path("build/bench.json"), show_default=True)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(sorted(EXPERIMENTS)),
+    help="Run these experiments only.",
+)
+@click.option(
+    "--json",
+    "path",
+    type=click.Path(path_type=Path),
+    default=Path("build/bench.json"),
+    show_default=True,
+)
 def main(only: tuple[str, ...], path: Path) -> None:
     """Measure the fabric against its bars. Exits with 1 when one is missed."""
     console = Console()

@@ -24,7 +24,9 @@ def _page_table_bytes() -> int:
 def _measure(size: int) -> tuple[float, float]:
     times, tables = [], []
     with fabric(size) as name:
-        dmrpc_cxl.attach(name).detach()  # the first host of an entry also pays for its page table in the device
+        dmrpc_cxl.attach(
+            name
+        ).detach()  # the first host of an entry also pays for its page table in the device
         for _ in range(5):
             before = _page_table_bytes()
             t0 = now()
@@ -40,8 +42,22 @@ def attach() -> list[dict[str, Any]]:
     small, small_tables = _measure(GIB)
     large, large_tables = _measure(8 * GIB)
     return [
-        bar("attach to 1 GiB, per GiB", small, 60, at_most=True, unit="ms", page_tables_mib=small_tables / 2**20),
-        bar("attach to 8 GiB, per GiB", large / 8, 60, at_most=True, unit="ms", ms=large,
-            page_tables_mib=large_tables / 2**20),
+        bar(
+            "attach to 1 GiB, per GiB",
+            small,
+            60,
+            at_most=True,
+            unit="ms",
+            page_tables_mib=small_tables / 2**20,
+        ),
+        bar(
+            "attach to 8 GiB, per GiB",
+            large / 8,
+            60,
+            at_most=True,
+            unit="ms",
+            ms=large,
+            page_tables_mib=large_tables / 2**20,
+        ),
         bar("attach: 8 GiB against 1 GiB", large / small, 8.8, at_most=True),
     ]

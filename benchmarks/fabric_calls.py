@@ -6,8 +6,9 @@ import gc
 from time import perf_counter_ns as now
 from typing import Any
 
-import dmrpc_cxl
 import numpy as np
+
+import dmrpc_cxl
 
 from .machine import bar, median, minor_faults, pinned, quiet
 from .peers import Peer, fabric
@@ -99,13 +100,21 @@ def _steady(cpu: int | None) -> list[dict[str, Any]]:
                     copies.append(a.call(copy_times, 32768, IN_FLIGHT))
                     cold.append(a.call(copy_times, 32768, 8 * IN_FLIGHT))
             after = [one.call(counters), two.call(counters)]
-            moved = {n: sum(y[n] - x[n] for x, y in zip(before, after)) for n in COUNTED}
+            moved = {
+                n: sum(y[n] - x[n] for x, y in zip(before, after, strict=True)) for n in COUNTED
+            }
             calls = np.median(np.array(times), axis=0)
             totals[size] = float(calls.sum())
             lines.append(
                 bar(
-                    f"steady state, {size >> 10} KiB, {where}: faults and system calls in {4 * IN_FLIGHT * ROUNDS} calls",
-                    sum(moved.values()) + faults, 0, at_most=True, unit="", **moved, minor_faults=faults,
+                    f"steady state, {size >> 10} KiB, {where}: faults and system calls, "
+                    f"{4 * IN_FLIGHT * ROUNDS} calls",
+                    sum(moved.values()) + faults,
+                    0,
+                    at_most=True,
+                    unit="",
+                    **moved,
+                    minor_faults=faults,
                 )
             )
             if size == 32768:
@@ -113,16 +122,29 @@ def _steady(cpu: int | None) -> list[dict[str, Any]]:
                 lines.append(
                     bar(
                         f"four calls at 32 KiB against one memcpy of 32 KiB, {where}",
-                        totals[size] / copy, 1.25, at_most=True, four_calls_ns=totals[size],
-                        memcpy_ns=copy, memcpy_from_memory_ns=median(cold),
-                        **dict(zip(("ralloc", "create_ref", "map_ref", "rfree"), map(float, calls))),
+                        totals[size] / copy,
+                        1.25,
+                        at_most=True,
+                        four_calls_ns=totals[size],
+                        memcpy_ns=copy,
+                        memcpy_from_memory_ns=median(cold),
+                        **dict(
+                            zip(
+                                ("ralloc", "create_ref", "map_ref", "rfree"),
+                                map(float, calls),
+                                strict=True,
+                            )
+                        ),
                     )
                 )
         one.leave(), two.leave()
     lines.append(
         bar(
-            f"four calls at 1 MiB against 32 KiB, {where}", totals[MIB] / totals[32768], 3,
-            at_most=True, four_calls_ns=totals[MIB],
+            f"four calls at 1 MiB against 32 KiB, {where}",
+            totals[MIB] / totals[32768],
+            3,
+            at_most=True,
+            four_calls_ns=totals[MIB],
         )
     )
     return lines
@@ -169,10 +191,22 @@ def create_ref() -> list[dict[str, Any]]:
         del long_lived, array
     copied = median(eager)
     return [
-        bar("create_ref (sharing) of 1 MiB against an eager copy, first time: rate",
-            copied / median(first), 4, at_most=False, share_ns=median(first), copy_ns=copied),
-        bar("create_ref (sharing) of 1 MiB against an eager copy, shared already: rate",
-            copied / median(again), 50, at_most=False, share_ns=median(again), copy_ns=copied),
+        bar(
+            "create_ref (sharing) of 1 MiB against an eager copy, first time: rate",
+            copied / median(first),
+            4,
+            at_most=False,
+            share_ns=median(first),
+            copy_ns=copied,
+        ),
+        bar(
+            "create_ref (sharing) of 1 MiB against an eager copy, shared already: rate",
+            copied / median(again),
+            50,
+            at_most=False,
+            share_ns=median(again),
+            copy_ns=copied,
+        ),
     ]
 
 
@@ -191,7 +225,10 @@ def _round_trips(host: dmrpc_cxl.Host) -> int:
 
 
 def circulate() -> list[dict[str, Any]]:
-    """100,000 allocations of 8 pages; one host makes all, the other frees all: every frame goes round by the coordinator."""
+    """Make 100,000 allocations of 8 pages that one host makes and the other frees.
+
+    One way, every frame goes round by the coordinator; in turns, hardly any does.
+    """
     allocations, batch = 100_000, 100
     lines = []
     for what, turns in (("one way", False), ("in turns", True)):
@@ -205,7 +242,14 @@ def circulate() -> list[dict[str, Any]]:
             trips = one.call(_round_trips) + two.call(_round_trips)
             one.leave(), two.leave()
         lines.append(
-            bar(f"allocations per coordinator round trip, {what}", allocations / max(trips, 1), 50,
-                at_most=False, unit="", round_trips=trips, seconds=seconds)
+            bar(
+                f"allocations per coordinator round trip, {what}",
+                allocations / max(trips, 1),
+                50,
+                at_most=False,
+                unit="",
+                round_trips=trips,
+                seconds=seconds,
+            )
         )
     return lines

@@ -7,8 +7,9 @@ import os
 from time import perf_counter_ns as now
 from typing import Any
 
-import dmrpc_cxl
 import numpy as np
+
+import dmrpc_cxl
 
 from .machine import bar, median, pinned, quiet
 from .peers import fabric
@@ -47,11 +48,17 @@ def single_fault() -> list[dict[str, Any]]:
         os.close(device)
         del keep
     return [
-        bar("one-page copy-on-write fault against the kernel's (MAP_PRIVATE), one CPU, p50",
-            median(ours) / median(kernel), 10, at_most=True, ours_us=median(ours) / 1e3,
-            kernel_us=median(kernel) / 1e3, p99_us=float(np.percentile(ours, 99)) / 1e3,
+        bar(
+            "one-page copy-on-write fault against the kernel's (MAP_PRIVATE), one CPU, p50",
+            median(ours) / median(kernel),
+            10,
+            at_most=True,
+            ours_us=median(ours) / 1e3,
+            kernel_us=median(kernel) / 1e3,
+            p99_us=float(np.percentile(ours, 99)) / 1e3,
             in_handler_us=stats["handler_ns"] / max(stats["wp_faults"], 1) / 1e3,
-            frames_copied=stats["frames_copied"])
+            frames_copied=stats["frames_copied"],
+        )
     ]
 
 
@@ -64,7 +71,7 @@ def host_data_offset(name: str) -> int:
 
 
 def overwrite() -> list[dict[str, Any]]:
-    """Overwriting all of a shared mapping of 1 MiB once, against memcpy of 1 MiB between private buffers."""
+    """Overwrite all of a shared mapping of 1 MiB once, against memcpy of 1 MiB between private buffers."""
     lines = []
     for cpu, where in ((CPU, "one CPU"), (None, "free")):
         ours: list[float] = []
@@ -79,7 +86,9 @@ def overwrite() -> list[dict[str, Any]]:
                     mapped = host.map_ref(host.create_ref(arrays[i % 16]))
                     mine = mapped.numpy()
                     mine[::512].sum(), private[i % 32][::512].sum()
-                    for timed, target in ((ours, mine), (copies, private[i % 32]))[:: 1 - i % 2 * 2]:
+                    for timed, target in ((ours, mine), (copies, private[i % 32]))[
+                        :: 1 - i % 2 * 2
+                    ]:
                         t0 = now()
                         target[:] = data
                         timed.append(now() - t0)
@@ -88,17 +97,22 @@ def overwrite() -> list[dict[str, Any]]:
             after = host.stats()
             del arrays
         lines.append(
-            bar(f"overwriting a shared 1 MiB mapping against memcpy of 1 MiB, {where}",
-                median(ours[20:]) / median(copies[20:]), 4, at_most=True, ours_us=median(ours[20:]) / 1e3,
+            bar(
+                f"overwriting a shared 1 MiB mapping against memcpy of 1 MiB, {where}",
+                median(ours[20:]) / median(copies[20:]),
+                4,
+                at_most=True,
+                ours_us=median(ours[20:]) / 1e3,
                 memcpy_us=median(copies[20:]) / 1e3,
                 faults_each=(after["wp_faults"] - before["wp_faults"]) / 320,
-                frames_each=(after["frames_copied"] - before["frames_copied"]) / 320)
+                frames_each=(after["frames_copied"] - before["frames_copied"]) / 320,
+            )
         )
     return lines
 
 
 def read_shared() -> list[dict[str, Any]]:
-    """Reading all of a freshly mapped shared Ref of 1 MiB in the steady state, against private memory."""
+    """Read all of a freshly mapped shared Ref of 1 MiB in the steady state, against private memory."""
     ours: list[float] = []
     private_times: list[float] = []
     with pinned(CPU), fabric(512 * MIB) as name, dmrpc_cxl.attach(name) as host:
@@ -108,7 +122,9 @@ def read_shared() -> list[dict[str, Any]]:
             for i in range(640):
                 mapped = host.map_ref(host.create_ref(arrays[i % 16]))
                 mine = mapped.numpy("u8")
-                for timed, source in ((ours, mine), (private_times, private[i % 16]))[:: 1 - i % 2 * 2]:
+                for timed, source in ((ours, mine), (private_times, private[i % 16]))[
+                    :: 1 - i % 2 * 2
+                ]:
                     t0 = now()
                     source.sum()
                     timed.append(now() - t0)
@@ -116,7 +132,12 @@ def read_shared() -> list[dict[str, Any]]:
                 mapped.free()
         del arrays
     return [
-        bar("reading a freshly mapped shared Ref of 1 MiB against private memory",
-            median(ours[40:]) / median(private_times[40:]), 1.2, at_most=True,
-            shared_us=median(ours[40:]) / 1e3, private_us=median(private_times[40:]) / 1e3)
+        bar(
+            "reading a freshly mapped shared Ref of 1 MiB against private memory",
+            median(ours[40:]) / median(private_times[40:]),
+            1.2,
+            at_most=True,
+            shared_us=median(ours[40:]) / 1e3,
+            private_us=median(private_times[40:]) / 1e3,
+        )
     ]

@@ -72,10 +72,26 @@ def median(values: list[float]) -> float:
 def spread(values: list[float]) -> dict[str, float]:
     """Return minimum, quartiles and maximum."""
     q1, q2, q3 = statistics.quantiles(values, n=4)
-    return {"min": min(values), "q1": q1, "median": q2, "q3": q3, "max": max(values), "n": len(values)}
+    return {
+        "min": min(values),
+        "q1": q1,
+        "median": q2,
+        "q3": q3,
+        "max": max(values),
+        "n": len(values),
+    }
 
 
-def bar(what: str, measured: float, limit: float, *, at_most: bool, unit: str = "x", **beside: Any) -> dict[str, Any]:
+def bar(
+    what: str, measured: float, limit: float, *, at_most: bool, unit: str = "x", **beside: Any
+) -> dict[str, Any]:
     """One line of the report: a measured value against its bar."""
     met = measured <= limit if at_most else measured >= limit
-    return {"what": what, "measured": measured, "bar": limit, "at_most": at_most, "unit": unit, "met": met} | beside
+    return {
+        "what": what,
+        "measured": measured,
+        "bar": limit,
+        "at_most": at_most,
+        "unit": unit,
+        "met": met,
+    } | beside

@@ -51,12 +51,21 @@ class Peer:
 
 @contextmanager
 def fabric(size: int, **geometry: Any) -> Iterator[str]:
-    """A device and a coordinator of this run's own; removed at the end."""
+    """Run a device and a coordinator of this run's own; remove them at the end."""
     name = f"dmrpc-bench-{os.getpid()}"
     device.create(name, size=size, overwrite=True, **geometry)
     ready, write = os.pipe()
     coordinator = subprocess.Popen(
-        [sys.executable, "-m", "dmrpc_cxl.coordinator", name, "--ready-fd", str(write), "--log-level", "warning"],
+        [
+            sys.executable,
+            "-m",
+            "dmrpc_cxl.coordinator",
+            name,
+            "--ready-fd",
+            str(write),
+            "--log-level",
+            "warning",
+        ],
         pass_fds=[write],
     )
     os.close(write)

@@ -1,6 +1,5 @@
 """Types of the native module: the only boundary between Python and C."""
 
-from collections.abc import Buffer as _PyBuffer  # type: ignore[attr-defined]
 from typing import Any
 
 # ---------------------------------------------------------------- device (_device.pxi)

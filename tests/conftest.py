@@ -25,6 +25,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture
 def fabric() -> Iterator[Fabric]:
-    """A fabric of 32 MiB; audited when the test ends: every frame back, no Ref alive."""
+    """Give a fabric of 32 MiB; audited when the test ends: every frame back, no Ref alive."""
     with running() as fabric:
         yield fabric

@@ -222,7 +222,9 @@ class Fabric:
         with device.open(self.name) as opened:
             return dict(opened.audit())
 
-    def wait_until(self, what: Callable[[dict[str, Any]], bool], seconds: float = 30) -> dict[str, Any]:
+    def wait_until(
+        self, what: Callable[[dict[str, Any]], bool], seconds: float = 30
+    ) -> dict[str, Any]:
         """Return the first audit that satisfies `what`; for what the coordinator does by itself."""
         give_up = time.monotonic() + seconds
         while True:
@@ -283,7 +285,7 @@ class Fabric:
 
 @contextlib.contextmanager
 def running(**geometry: Any) -> Iterator[Fabric]:
-    """A fabric that is audited and removed at the end; after a failure it is only removed."""
+    """Run a fabric that is audited and removed at the end; after a failure it is only removed."""
     fabric = Fabric(**geometry)
     try:
         yield fabric
@@ -291,4 +293,3 @@ def running(**geometry: Any) -> Iterator[Fabric]:
         fabric.close(check=False)
         raise
     fabric.close()
-

@@ -106,9 +106,7 @@ class Model:
         self.mappings.append(mapping)
 
     def write(self, mapping: Mapping, offset: int, data: bytes) -> None:
-        self.give_frames(
-            mapping, self.short_of(mapping, self.span(mapping, offset, len(data)))
-        )
+        self.give_frames(mapping, self.short_of(mapping, self.span(mapping, offset, len(data))))
         mapping.data[offset : offset + len(data)] = data
 
     def read(self, mapping: Mapping, offset: int, length: int) -> bytes:
@@ -222,9 +220,7 @@ def compare(model: Model, device: Device, host_ids: list[int]) -> None:
     expected = Counter(counts[frame] for frame in counts if frame not in pfn_of)
     expected[1] += audit["overflow_frames"]
     shown = set(pfn_of.values())
-    found = Counter(
-        device.frame(pfn)[0] for pfn in range(audit["nr_frames"]) if pfn not in shown
-    )
+    found = Counter(device.frame(pfn)[0] for pfn in range(audit["nr_frames"]) if pfn not in shown)
     del found[0]
     assert found == +expected, f"refcounts of frames that only Refs hold: {found}, not {+expected}"
 

@@ -63,7 +63,9 @@ class Standing:
             for host in hosts:
                 host.call(forget)
             audit = fabric.assert_sound()
-            left = {what: audit[what] for what in ("in_use", "hole_pages", "live_refs") if audit[what]}
+            left = {
+                what: audit[what] for what in ("in_use", "hole_pages", "live_refs") if audit[what]
+            }
             assert not left, f"left behind: {left}"
         except BaseException:
             self._fabric = None

@@ -40,8 +40,7 @@ static int pages_of(const struct dm_host *h, uint64_t size, uint32_t *nr, struct
         return dm_fail(e, DM_ERR_BAD_SIZE, "a size of 0 bytes");
     if (pages > h->nr_frames)
         return dm_fail(e, DM_ERR_OUT_OF_FRAMES, "%llu bytes asked for, the device has %llu",
-                       (unsigned long long)size,
-                       (unsigned long long)h->nr_frames << h->page_shift);
+                       (unsigned long long)size, (unsigned long long)h->nr_frames << h->page_shift);
     *nr = (uint32_t)pages;
     return DM_OK;
 }

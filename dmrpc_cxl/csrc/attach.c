@@ -78,9 +78,10 @@ static void unlink_host(struct dm_host *h) {
 static int uffd_denied(struct dm_error *e, int why) {
     if (e)
         e->sys_errno = why;
-    return dm_fail(e, DM_ERR_UFFD_DENIED,
-                   "this user may not use userfaultfd. Run as root, or allow it: sysctl "
-                   "vm.unprivileged_userfaultfd=1, or give access to /dev/userfaultfd, or CAP_SYS_PTRACE");
+    return dm_fail(
+        e, DM_ERR_UFFD_DENIED,
+        "this user may not use userfaultfd. Run as root, or allow it: sysctl "
+        "vm.unprivileged_userfaultfd=1, or give access to /dev/userfaultfd, or CAP_SYS_PTRACE");
 }
 
 static int open_uffd(const struct dm_attach *how, struct dm_error *e) {
@@ -111,9 +112,10 @@ static int start_uffd(struct dm_host *h, const struct dm_attach *how, struct dm_
     uint64_t have = api.features;
     close(fd);
     if (bad || (have & DM_UFFD_REQUIRED) != DM_UFFD_REQUIRED)
-        return dm_fail(e, DM_ERR_UFFD_FEATURE,
-                       "this kernel's userfaultfd cannot write-protect shared memory; Linux 5.19 or later "
-                       "can");
+        return dm_fail(
+            e, DM_ERR_UFFD_FEATURE,
+            "this kernel's userfaultfd cannot write-protect shared memory; Linux 5.19 or later "
+            "can");
     uint64_t want = DM_UFFD_REQUIRED | (have & UFFD_FEATURE_THREAD_ID);
     h->reads_allocate = how->reads_allocate || !(have & UFFD_FEATURE_WP_UNPOPULATED);
     if (!h->reads_allocate)
@@ -133,7 +135,8 @@ static int start_uffd(struct dm_host *h, const struct dm_attach *how, struct dm_
 /* ---------------------------------------------------------------- the views */
 
 static void *reserve_bytes(size_t bytes) {
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
     return p == MAP_FAILED ? NULL : p;
 }
 
@@ -144,7 +147,8 @@ static int map_bell(struct dm_host *h, struct dm_error *e) {
         return dm_fail_sys(e, "mmap", 0);
     struct uffdio_register reg = {.range = {(uintptr_t)h->bell, DM_BELL_BYTES},
                                   .mode = UFFDIO_REGISTER_MODE_MISSING};
-    if (madvise(h->bell, DM_BELL_BYTES, MADV_DONTFORK) < 0 || ioctl(h->uffd, UFFDIO_REGISTER, &reg) < 0)
+    if (madvise(h->bell, DM_BELL_BYTES, MADV_DONTFORK) < 0 ||
+        ioctl(h->uffd, UFFDIO_REGISTER, &reg) < 0)
         return dm_fail_sys(e, "UFFDIO_REGISTER", reg.range.start);
     return DM_OK;
 }
@@ -171,11 +175,13 @@ static void populate_windows(struct dm_host *h) {
 }
 
 static int map_views(struct dm_host *h, struct dm_error *e) {
-    size_t window = (size_t)h->nr_frames << h->page_shift, all = (size_t)h->nr_ptes << h->page_shift;
+    size_t window = (size_t)h->nr_frames << h->page_shift,
+           all = (size_t)h->nr_ptes << h->page_shift;
     /* 64 KiB off the boundary of huge pages: the windows are protected page by page, and an entry that maps 2 MiB
      * would first be taken down and then fault page by page. */
     const size_t huge = 2u << 20, skew = 65536;
-    char *reserved = mmap(NULL, all + 2 * huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *reserved =
+        mmap(NULL, all + 2 * huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved == MAP_FAILED)
         return dm_fail_sys(e, "mmap", 0);
     char *base = (char *)(((uintptr_t)reserved + huge - 1) / huge * huge + skew);
@@ -183,8 +189,8 @@ static int map_views(struct dm_host *h, struct dm_error *e) {
     munmap(base + all, (size_t)(reserved + 2 * huge - base));
     h->base = base;
     for (int i = 0; i < 2; i++)
-        if (mmap(base + i * window, window, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, h->device_fd,
-                 (off_t)h->data_off) == MAP_FAILED)
+        if (mmap(base + i * window, window, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                 h->device_fd, (off_t)h->data_off) == MAP_FAILED)
             return dm_fail_sys(e, "mmap", (uint64_t)(uintptr_t)base);
     if (madvise(base, all, MADV_DONTFORK) < 0)
         return dm_fail_sys(e, "madvise(MADV_DONTFORK)", (uint64_t)(uintptr_t)base);
@@ -259,8 +265,8 @@ static int register_host(struct dm_host *h, const struct dm_attach *how, struct 
     if (getrandom(&ask.token, sizeof ask.token, 0) != (ssize_t)sizeof ask.token)
         return dm_fail_sys(e, "getrandom", 0);
     memcpy(ask.name, h->name, sizeof ask.name);
-    int s = dm_link_request(&h->link, h, DM_MSG_REGISTER, &ask, sizeof ask, &got, sizeof got, &length,
-                            dm_now_ns() + h->deadline_ns, e);
+    int s = dm_link_request(&h->link, h, DM_MSG_REGISTER, &ask, sizeof ask, &got, sizeof got,
+                            &length, dm_now_ns() + h->deadline_ns, e);
     if (s)
         return s;
     if (length != sizeof got || got.host == 0 || got.host > h->sb->max_hosts)
@@ -336,8 +342,8 @@ static int set_up(struct dm_host *h, const struct dm_attach *how, struct dm_erro
     h->entry = &h->device.hosts[h->id - 1];
     h->pt = dm_device_ptes(&h->device, h->id);
     h->ref_cursor = (uint32_t)((uint64_t)(h->id - 1) * h->max_refs / h->device.geo.max_hosts);
-    for (unsigned i = 0; i < 4; i++)
-        h->ref_hints[i] = h->ref_cursor;
+    for (unsigned i = 0; i < DM_REF_RING; i++)
+        h->ref_ring[i] = h->ref_cursor;
     if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = dm_guard_open(h, e)))
         return s;
     s = dm_handler_start(h, e);
@@ -397,7 +403,8 @@ int dm_detach(struct dm_host *h, struct dm_error *e) {
     dm_unlock(h);
     dm_handler_stop(h);
     unlink_host(h);
-    munmap(h->base, (size_t)h->nr_ptes << h->page_shift); /* nothing mapped when the last descriptor goes */
+    /* Nothing is mapped when the last descriptor goes. */
+    munmap(h->base, (size_t)h->nr_ptes << h->page_shift);
     h->base = NULL;
     pthread_mutex_lock(&h->link_lock);
     int s = dm_link_request(&h->link, h, DM_MSG_LEAVE, NULL, 0, NULL, 0, NULL,

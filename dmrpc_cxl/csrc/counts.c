@@ -29,9 +29,12 @@ bool dm_count_down(struct dm_host *h, uint32_t pfn) {
     uint64_t word = __atomic_load_n(&h->frames[pfn], __ATOMIC_RELAXED), next;
     do {
         if (dm_frame_refcount(word) == 0)
-            dm_fatal(h, "frame %u has no count left to drop: the device is damaged; run `dmrpc fabric verify`",
+            dm_fatal(h,
+                     "frame %u has no count left to drop: the device is damaged; run `dmrpc fabric "
+                     "verify`",
                      pfn);
-        next = dm_frame_refcount(word) == 1 ? dm_frame_pack(0, h->id, dm_frame_seq(word)) : word - 1;
+        next =
+            dm_frame_refcount(word) == 1 ? dm_frame_pack(0, h->id, dm_frame_seq(word)) : word - 1;
     } while (!__atomic_compare_exchange_n(&h->frames[pfn], &word, next, true, __ATOMIC_ACQ_REL,
                                           __ATOMIC_RELAXED));
     return dm_frame_refcount(next) == 0;
@@ -59,8 +62,8 @@ bool dm_all_exclusive(const struct dm_host *h, const struct dm_run *runs, uint32
         if (runs[r].pfn == DM_NO_FRAME)
             continue;
         for (uint32_t i = 0; i < runs[r].count; i++)
-            if (dm_frame_refcount(__atomic_load_n(&h->frames[runs[r].pfn + i],
-                                                  __ATOMIC_ACQUIRE)) != 1)
+            if (dm_frame_refcount(__atomic_load_n(&h->frames[runs[r].pfn + i], __ATOMIC_ACQUIRE)) !=
+                1)
                 return false;
     }
     return true;

@@ -347,10 +347,12 @@ static int check_superblock(const struct dm_superblock *sb, uint64_t file_bytes,
  * mapped as such. */
 static void *map_aligned(const struct dm_device *dev, int prot) {
     size_t bytes = dev->geo.device_bytes;
-    char *reserved = mmap(NULL, bytes + DM_DATA_ALIGN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *reserved = mmap(NULL, bytes + DM_DATA_ALIGN, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved == MAP_FAILED)
         return MAP_FAILED;
-    char *base = (char *)(((uintptr_t)reserved + DM_DATA_ALIGN - 1) / DM_DATA_ALIGN * DM_DATA_ALIGN);
+    char *base =
+        (char *)(((uintptr_t)reserved + DM_DATA_ALIGN - 1) / DM_DATA_ALIGN * DM_DATA_ALIGN);
     size_t before = (size_t)(base - reserved), after = DM_DATA_ALIGN - before;
     void *at = mmap(base, bytes, prot, MAP_SHARED | MAP_FIXED, dev->fd, 0);
     if (at == MAP_FAILED) {
@@ -414,7 +416,8 @@ void dm_device_close(struct dm_device *dev) {
         munmap(dev->base, dev->geo.device_bytes);
     /* The number may be another file's by now, if somebody closed ours behind our back. */
     struct stat st;
-    if (dev->fd >= 0 && fstat(dev->fd, &st) == 0 && st.st_dev == dev->file_dev && st.st_ino == dev->file_ino)
+    if (dev->fd >= 0 && fstat(dev->fd, &st) == 0 && st.st_dev == dev->file_dev &&
+        st.st_ino == dev->file_ino)
         close(dev->fd);
     memset(dev, 0, sizeof *dev);
     dev->fd = -1;

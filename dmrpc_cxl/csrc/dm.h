@@ -67,8 +67,8 @@ int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
 int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error *e);
 int dm_ref_slot(struct dm_host *h, uint32_t *index, struct dm_error *e);
 void dm_ref_slot_undo(struct dm_host *h, uint32_t index);
-int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *runs, uint32_t nr_runs,
-                      bool may_block, struct dm_error *e);
+int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *runs,
+                      uint32_t nr_runs, bool may_block, struct dm_error *e);
 void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_ref_wire *out);
 void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry);
 uint64_t dm_ref_make_free(struct dm_host *h, uint32_t index);

@@ -17,7 +17,7 @@
 #include "intent.h"
 #include "uffd.h"
 
-#define GROWTH 8u /* of the window at each sequential fault, which costs as much as copying some 40 pages */
+#define GROWTH 8u /* of the window at each sequential fault, which costs some 40 page copies */
 
 /* ---------------------------------------------------------------- which pages */
 
@@ -81,10 +81,12 @@ static void reserve_used(struct dm_host *h, struct dm_vma *v, uint32_t nr) {
 static void show_or_die(struct dm_host *h, uint32_t page, uint32_t pfn, uint32_t nr) {
     struct dm_error e = {0};
     if (dm_show(h, page, pfn, nr, true, &e))
-        dm_fatal(h, "cannot map a frame at 0x%llx: %s: %s (%u kernel mappings in use by this layer; see "
-                 "vm.max_map_count)",
-                 (unsigned long long)dm_addr_of(h, page), e.syscall ? e.syscall : "mmap",
-                 strerror(e.sys_errno), h->vm_pieces);
+        dm_fatal(
+            h,
+            "cannot map a frame at 0x%llx: %s: %s (%u kernel mappings in use by this layer; see "
+            "vm.max_map_count)",
+            (unsigned long long)dm_addr_of(h, page), e.syscall ? e.syscall : "mmap",
+            strerror(e.sys_errno), h->vm_pieces);
 }
 
 /* ---------------------------------------------------------------- the three cases */
@@ -103,7 +105,8 @@ static void copy_frames(struct dm_host *h, uint32_t page, const struct dm_run *r
 
 /* Copy completely, repoint, then drop the count. The old frames cannot change meanwhile: this host still holds a
  * count of each, so whoever else holds one sees it shared. */
-static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page, const struct dm_run *run) {
+static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page,
+                          const struct dm_run *run) {
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_COW, page, run->count, run->pfn, 0, 0);
     dm_frames_enter_use(h, run->pfn, run->count);
     copy_frames(h, page, run);
@@ -125,7 +128,8 @@ static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page, co
     reserve_used(h, v, run->count);
 }
 
-static void fill_holes(struct dm_host *h, struct dm_vma *v, uint32_t page, const struct dm_run *run) {
+static void fill_holes(struct dm_host *h, struct dm_vma *v, uint32_t page,
+                       const struct dm_run *run) {
     uint64_t bytes = (uint64_t)run->count << h->page_shift;
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_FILL, page, run->count, run->pfn, 0, 0);
     dm_frames_enter_use(h, run->pfn, run->count);
@@ -155,10 +159,11 @@ static void upgrade(struct dm_host *h, struct dm_vma *v, struct span s) {
  */
 static int stray(struct dm_host *h, struct dm_stray *last, uint64_t addr, uint32_t tid) {
     if (last->addr == addr && last->tid == tid)
-        dm_fatal(h,
-                 "a thread stored to 0x%llx, which is no longer its memory: the buffer there was freed, "
-                 "moved or handed over while a raw pointer to it was kept",
-                 (unsigned long long)addr);
+        dm_fatal(
+            h,
+            "a thread stored to 0x%llx, which is no longer its memory: the buffer there was freed, "
+            "moved or handed over while a raw pointer to it was kept",
+            (unsigned long long)addr);
     *last = (struct dm_stray){addr, tid};
     DM_COUNT(h, spurious_faults, 1);
     (void)dm_wake(h, dm_page_of(h, addr), 1);

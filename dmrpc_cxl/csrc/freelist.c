@@ -108,8 +108,7 @@ void dm_freelist_vacated(struct dm_freelist *fl, uint32_t pfn) {
 static bool take_from_bits(struct dm_freelist *fl, uint32_t nr, uint32_t *pfn) {
     if (fl->nr_in_bits < nr)
         return false;
-    if (!find_run(fl, fl->cursor, fl->nr_frames, nr, pfn) &&
-        !find_run(fl, 0, fl->cursor, nr, pfn))
+    if (!find_run(fl, fl->cursor, fl->nr_frames, nr, pfn) && !find_run(fl, 0, fl->cursor, nr, pfn))
         return false;
     set_range(fl->bits, *pfn, nr, false);
     fl->nr_in_bits -= nr;

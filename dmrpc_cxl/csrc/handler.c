@@ -69,11 +69,14 @@ static void ring(struct handler *t) {
 static void out_of_time(struct handler *t, const struct dm_error *e) {
     struct dm_host *h = t->h;
     dm_fatal(h,
-             "no free frame for a store to address 0x%llx before the deadline of %.1f s (%s). The device "
-             "has %u frames of %u bytes: free buffers or drop Refs, create the fabric larger, or map with "
+             "no free frame for a store to address 0x%llx before the deadline of %.1f s (%s). The "
+             "device "
+             "has %u frames of %u bytes: free buffers or drop Refs, create the fabric larger, or "
+             "map with "
              "reserve=True to be refused early instead",
              (unsigned long long)t->waiting[0].addr, (double)h->deadline_ns / 1e9,
-             e->text[0] ? e->text : "the coordinator has none left", h->nr_frames, 1u << h->page_shift);
+             e->text[0] ? e->text : "the coordinator has none left", h->nr_frames,
+             1u << h->page_shift);
 }
 
 /* Get frames for the faults put aside. Frames that are free in this host may also come from its other threads. */
@@ -84,7 +87,8 @@ static void supply(struct handler *t, unsigned *pause_ms) {
         if (t->stop || h->closed)
             return;
         if (atomic_load(&h->fenced))
-            dm_fatal(h, "the coordinator declared this host dead; what it held is no longer its own");
+            dm_fatal(h,
+                     "the coordinator declared this host dead; what it held is no longer its own");
         if (t->nr_waiting && dm_now_ns() - t->waiting[0].since_ns > h->deadline_ns)
             out_of_time(t, &e);
         dm_unlock(h);
@@ -370,7 +374,8 @@ static void *watcher_main(void *arg) {
     if (got == EOWNERDEAD)
         pthread_mutex_consistent(&h->handler_alive);
     if (atomic_load(&h->handler_state) != 3)
-        dm_fatal(h, "the fault handler thread died; without it no store to shared memory can be served");
+        dm_fatal(
+            h, "the fault handler thread died; without it no store to shared memory can be served");
     pthread_mutex_unlock(&h->handler_alive);
     return NULL;
 }

@@ -45,6 +45,7 @@
 #define DM_NO_VMA 0u
 
 #define DM_BELL_BYTES 4096u
+#define DM_REF_RING 256u
 
 struct dm_vma { /* one mapping: what ralloc or map_ref returned */
     uint32_t page;
@@ -121,16 +122,17 @@ struct dm_host {
     struct dm_extent *extents;
     uint32_t nr_extents, max_extents;
     uint32_t vm_pieces, vm_piece_limit;
-    uint32_t ref_cursor, ref_hints[4];
+    uint32_t ref_cursor, ref_ring_at;
+    uint32_t ref_ring[DM_REF_RING]; /* entries taken lately, oldest at ref_ring_at */
     uint64_t nonce_key[2], nonce_counter;
     bool closed;
 
     /* fault handler */
     pthread_t handler, watcher;
     pthread_mutex_t handler_alive; /* robust; held by the handler for its whole life */
-    int guard_fd; /* in the handler's own descriptor table */
-    char *bell;   /* a page whose first store wakes the handler */
-    _Atomic int handler_state; /* 0 starting, 1 serving, 2 told to stop, 3 stopped, negative: status */
+    int guard_fd;                  /* in the handler's own descriptor table */
+    char *bell;                    /* a page whose first store wakes the handler */
+    _Atomic int handler_state;     /* 0 starting, 1 serving, 2 to stop, 3 stopped, < 0: errno */
     _Atomic int handler_tid;
     _Atomic bool fenced;
 };
@@ -172,7 +174,8 @@ static inline int dm_count_up(struct dm_host *h, uint32_t pfn) {
 int dm_fail(struct dm_error *e, int status, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 int dm_fail_sys(struct dm_error *e, const char *syscall, uint64_t address);
-void dm_fatal(struct dm_host *h, const char *fmt, ...) __attribute__((format(printf, 2, 3), noreturn));
+void dm_fatal(struct dm_host *h, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3), noreturn));
 uint64_t dm_now_ns(void);
 int dm_descriptor_check(int fd, uint64_t dev, uint64_t ino);
 
@@ -190,7 +193,8 @@ int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, s
 uint32_t dm_unpromised(const struct dm_host *h);
 int dm_take_one(struct dm_host *h, bool may_block, uint32_t *pfn, struct dm_error *e);
 int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_run *run);
-int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run, struct dm_error *e);
+int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run,
+              struct dm_error *e);
 int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_error *e);
 void dm_rescan_owned(struct dm_host *h);
 

@@ -27,7 +27,8 @@ enum { HUGE_BYTES = 2 << 20, SMALL_BYTES = 4096 };
 static int collapse(int fd, uint64_t off, char *window) {
     if (fallocate(fd, 0, (off_t)off, SMALL_BYTES) < 0)
         return -1;
-    char *at = mmap(window, HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)off);
+    char *at =
+        mmap(window, HUGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, (off_t)off);
     if (at == MAP_FAILED)
         return -1;
     /* A page that fallocate made is not up to date until it is read. */
@@ -41,7 +42,8 @@ static int collapse(int fd, uint64_t off, char *window) {
  */
 int dm_allocate(int fd, uint64_t off, uint64_t bytes, uint64_t *huge_bytes, struct dm_error *err) {
     *huge_bytes = 0;
-    char *reserved = mmap(NULL, 2 * HUGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *reserved =
+        mmap(NULL, 2 * HUGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved != MAP_FAILED) {
         char *window = (char *)(((uintptr_t)reserved + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES);
         for (uint64_t at = 0; at + HUGE_BYTES <= bytes; at += HUGE_BYTES) {

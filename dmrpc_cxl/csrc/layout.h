@@ -80,15 +80,15 @@ enum dm_host_state {
  * first when it ends, so that a record with op != 0 is complete. recover.c has one case for each. */
 enum dm_intent_op {
     DM_INTENT_NONE = 0,
-    DM_INTENT_ALLOC = 1,  /* frames [pfn, pfn+nr) get count 1 and PTEs at [page, page+nr) */
-    DM_INTENT_FREE_X = 2, /* exclusive run: frames [pfn, pfn+nr), PTEs [page, page+nr) go */
-    DM_INTENT_SHARE = 3,  /* create_ref: counts of pages [page, page+nr) +1, done up to progress */
-    DM_INTENT_MOVE = 4,   /* create_ref(move): counts of [page, page+nr) pass to Ref ref once it is live */
-    DM_INTENT_MAP = 5,    /* map_ref: counts of Ref ref pass to [page, page+nr) once progress is 1 */
-    DM_INTENT_CLONE = 6,  /* counts of Ref ref's frames +1 for the clone, done up to progress */
-    DM_INTENT_DROP = 7,   /* Ref ref is released, counts dropped up to progress */
-    DM_INTENT_COW = 8,    /* pages [page, page+nr) move to frames [pfn, pfn+nr), done up to progress */
-    DM_INTENT_FILL = 9,   /* hole pages [page, page+nr) get frames [pfn, pfn+nr), done up to progress */
+    DM_INTENT_ALLOC = 1,   /* frames [pfn, pfn+nr) get count 1 and PTEs at [page, page+nr) */
+    DM_INTENT_FREE_X = 2,  /* exclusive run: frames [pfn, pfn+nr), PTEs [page, page+nr) go */
+    DM_INTENT_SHARE = 3,   /* create_ref: counts of pages [page, page+nr) +1, done up to progress */
+    DM_INTENT_MOVE = 4,    /* counts of [page, page+nr) pass to Ref ref once it is live */
+    DM_INTENT_MAP = 5,     /* counts of Ref ref pass to [page, page+nr) once progress is 1 */
+    DM_INTENT_CLONE = 6,   /* counts of Ref ref's frames +1 for the clone, done up to progress */
+    DM_INTENT_DROP = 7,    /* Ref ref is released, counts dropped up to progress */
+    DM_INTENT_COW = 8,     /* pages [page, page+nr) move to frames from pfn on, up to progress */
+    DM_INTENT_FILL = 9,    /* holes [page, page+nr) get frames from pfn on */
     DM_INTENT_RETURN = 10, /* free frames [pfn, pfn+nr) go back to the pool */
 };
 
@@ -106,36 +106,36 @@ struct dm_intent {
 };
 
 /* Counters: one writer (the host, under its lock, or its handler thread), many readers. */
-#define DM_COUNTERS(X)                                                                              \
-    X(missing_faults, "userfaults on pages that had no frame")                                      \
-    X(wp_faults, "userfaults on write-protected pages")                                             \
-    X(spurious_faults, "userfaults whose page was writable by the time it was looked at")           \
-    X(frames_copied, "frames copied by copy-on-write")                                              \
-    X(inplace_upgrades, "pages made writable in place because nobody else held the frame")          \
-    X(frames_filled, "frames given to pages that had none")                                         \
-    X(bytes_copied, "bytes copied by the DM layer: copy-on-write and eager copies")                 \
-    X(bytes_zeroed, "bytes zeroed by the DM layer")                                                 \
-    X(handler_ns, "time the fault handler spent on faults, ns")                                     \
-    X(handler_wakeups, "times the fault handler woke up with work to do")                           \
-    X(frames_granted, "frames received from the coordinator")                                       \
-    X(frames_returned, "frames given back to the coordinator")                                      \
-    X(coordinator_round_trips, "requests sent to the coordinator by the DM layer")                  \
-    X(syscalls, "system calls made by the DM layer, all kinds")                                     \
-    X(protect_calls, "system calls that write-protected pages")                                     \
-    X(unprotect_calls, "system calls that removed write protection")                                \
-    X(remap_calls, "mmap calls that changed which frame a page shows")                              \
-    X(ralloc_calls, "ralloc operations")                                                            \
-    X(rfree_calls, "rfree operations")                                                              \
-    X(create_ref_calls, "create_ref operations that share")                                         \
-    X(move_ref_calls, "create_ref operations that move")                                            \
-    X(map_ref_calls, "map_ref operations")                                                          \
-    X(map_exclusive, "map_ref operations that found the Ref exclusive")                             \
-    X(map_scattered, "map_ref operations served from the VMA area")                                 \
-    X(eager_copies, "map_ref operations that copied every page")                                    \
-    X(clone_calls, "Ref.clone operations")                                                          \
-    X(drop_calls, "Ref.drop operations that released a Ref")                                        \
-    X(accept_calls, "Refs accepted from another holder")                                            \
-    X(bytes_referenced, "bytes covered by the Refs this host made")                                 \
+#define DM_COUNTERS(X)                                                                             \
+    X(missing_faults, "userfaults on pages that had no frame")                                     \
+    X(wp_faults, "userfaults on write-protected pages")                                            \
+    X(spurious_faults, "userfaults whose page was writable by the time it was looked at")          \
+    X(frames_copied, "frames copied by copy-on-write")                                             \
+    X(inplace_upgrades, "pages made writable in place because nobody else held the frame")         \
+    X(frames_filled, "frames given to pages that had none")                                        \
+    X(bytes_copied, "bytes copied by the DM layer: copy-on-write and eager copies")                \
+    X(bytes_zeroed, "bytes zeroed by the DM layer")                                                \
+    X(handler_ns, "time the fault handler spent on faults, ns")                                    \
+    X(handler_wakeups, "times the fault handler woke up with work to do")                          \
+    X(frames_granted, "frames received from the coordinator")                                      \
+    X(frames_returned, "frames given back to the coordinator")                                     \
+    X(coordinator_round_trips, "requests sent to the coordinator by the DM layer")                 \
+    X(syscalls, "system calls made by the DM layer, all kinds")                                    \
+    X(protect_calls, "system calls that write-protected pages")                                    \
+    X(unprotect_calls, "system calls that removed write protection")                               \
+    X(remap_calls, "mmap calls that changed which frame a page shows")                             \
+    X(ralloc_calls, "ralloc operations")                                                           \
+    X(rfree_calls, "rfree operations")                                                             \
+    X(create_ref_calls, "create_ref operations that share")                                        \
+    X(move_ref_calls, "create_ref operations that move")                                           \
+    X(map_ref_calls, "map_ref operations")                                                         \
+    X(map_exclusive, "map_ref operations that found the Ref exclusive")                            \
+    X(map_scattered, "map_ref operations served from the VMA area")                                \
+    X(eager_copies, "map_ref operations that copied every page")                                   \
+    X(clone_calls, "Ref.clone operations")                                                         \
+    X(drop_calls, "Ref.drop operations that released a Ref")                                       \
+    X(accept_calls, "Refs accepted from another holder")                                           \
+    X(bytes_referenced, "bytes covered by the Refs this host made")                                \
     X(out_of_frames, "operations refused for want of frames")
 
 enum dm_counter {
@@ -244,7 +244,7 @@ struct dm_ref_entry {
     uint32_t page_offset; /* of the first byte in the first page */
     uint32_t nr_pages;
     uint32_t nr_runs;
-    uint32_t overflow; /* first overflow frame + 1; 0: none, as in an entry that was never used or is free */
+    uint32_t overflow; /* first overflow frame + 1; 0: none, as in every free entry */
     uint32_t nr_overflow;
     uint16_t creator;
     uint16_t reserved;
@@ -273,7 +273,8 @@ struct dm_ref_wire {
 };
 
 _Static_assert(sizeof(struct dm_superblock) <= DM_SUPERBLOCK_BYTES, "superblock fits its page");
-_Static_assert(offsetof(struct dm_superblock, coordinator_epoch) % 8 == 0, "epoch is an atomic word");
+_Static_assert(offsetof(struct dm_superblock, coordinator_epoch) % 8 == 0,
+               "epoch is an atomic word");
 _Static_assert(sizeof(struct dm_host_entry) == 4096, "a host entry is one page");
 _Static_assert(offsetof(struct dm_host_entry, intent) % 64 == 0, "intent has its own cache lines");
 _Static_assert(offsetof(struct dm_host_entry, counters) % 64 == 0, "counters have their own lines");

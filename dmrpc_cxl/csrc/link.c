@@ -27,7 +27,8 @@ static int wait_ready(int fd, short events, uint64_t deadline, struct dm_error *
     for (;;) {
         uint64_t now = dm_now_ns();
         if (now >= deadline)
-            return dm_fail(e, DM_ERR_DEADLINE, "the coordinator did not answer before the deadline");
+            return dm_fail(e, DM_ERR_DEADLINE,
+                           "the coordinator did not answer before the deadline");
         struct pollfd p = {.fd = fd, .events = events};
         uint64_t ms = (deadline - now) / 1000000u + 1;
         int n = poll(&p, 1, ms > 1000 ? 1000 : (int)ms);
@@ -44,8 +45,8 @@ static int lost(struct dm_error *e, const char *what) {
     return dm_fail(e, DM_ERR_COORDINATOR_LOST, "%s", what);
 }
 
-static int send_all(struct dm_link *l, const void *data, size_t length, int pass_fd, uint64_t deadline,
-                    struct dm_error *e) {
+static int send_all(struct dm_link *l, const void *data, size_t length, int pass_fd,
+                    uint64_t deadline, struct dm_error *e) {
     const char *p = data;
     while (length) {
         struct iovec iov = {(void *)(uintptr_t)p, length};
@@ -103,9 +104,9 @@ static int receive_all(struct dm_link *l, void *data, size_t length, uint64_t de
 }
 
 /* One exchange on an open connection. A refusal leaves the connection usable. */
-static int exchange(struct dm_link *l, uint16_t type, const void *payload, uint32_t length, int pass_fd,
-                    void *reply, uint32_t reply_max, uint32_t *reply_length, uint64_t deadline,
-                    struct dm_error *e) {
+static int exchange(struct dm_link *l, uint16_t type, const void *payload, uint32_t length,
+                    int pass_fd, void *reply, uint32_t reply_max, uint32_t *reply_length,
+                    uint64_t deadline, struct dm_error *e) {
     struct dm_msg_header head = {.magic = DM_WIRE_MAGIC,
                                  .version = DM_WIRE_VERSION,
                                  .type = type,
@@ -179,8 +180,8 @@ static int connect_unix(struct dm_link *l, struct dm_host *h, struct dm_error *e
         errno = saved;
         if (e)
             e->sys_errno = saved;
-        return dm_fail(e, DM_ERR_COORDINATOR_LOST, "cannot reach the coordinator of fabric %s at %s",
-                       h->fabric, addr.sun_path);
+        return dm_fail(e, DM_ERR_COORDINATOR_LOST,
+                       "cannot reach the coordinator of fabric %s at %s", h->fabric, addr.sun_path);
     }
     return DM_OK;
 }
@@ -194,7 +195,8 @@ static int connect_tcp(struct dm_link *l, struct dm_host *h, struct dm_error *e)
         return dm_fail(e, DM_ERR_COORDINATOR_LOST,
                        "the coordinator of fabric %s does not listen on TCP; start it with --tcp",
                        h->fabric);
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICHOST | AI_NUMERICSERV};
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
+                             .ai_flags = AI_NUMERICHOST | AI_NUMERICSERV};
     struct addrinfo *found = NULL;
     if (getaddrinfo(host, port, &hints, &found) != 0 || !found)
         return dm_fail(e, DM_ERR_COORDINATOR_LOST, "%s is no numeric address", host);
@@ -207,8 +209,8 @@ static int connect_tcp(struct dm_link *l, struct dm_host *h, struct dm_error *e)
             close(fd);
         if (e)
             e->sys_errno = saved;
-        return dm_fail(e, DM_ERR_COORDINATOR_LOST, "cannot reach the coordinator at %s port %s", host,
-                       port);
+        return dm_fail(e, DM_ERR_COORDINATOR_LOST, "cannot reach the coordinator at %s port %s",
+                       host, port);
     }
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     return DM_OK;

@@ -45,8 +45,8 @@ static void put_ref_back(struct dm_host *h, struct placing *p) {
             return;
         uint64_t word = p->word;
         if (!__atomic_compare_exchange_n(&ref->state, &word,
-                                         dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(word)), false,
-                                         __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                                         dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(word)),
+                                         false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
             return; /* recovery has it */
     } else {
         __atomic_store_n(&ref->state, dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(p->word)),
@@ -123,8 +123,8 @@ static int place_in_area(struct dm_host *h, struct placing *p, struct dm_error *
 }
 
 static int place(struct dm_host *h, struct placing *p, bool may_block, struct dm_error *e) {
-    p->exclusive = dm_ref_flags(p->word) & DM_REF_EXCLUSIVE ||
-                   dm_all_exclusive(h, p->runs.list, p->runs.nr);
+    p->exclusive =
+        dm_ref_flags(p->word) & DM_REF_EXCLUSIVE || dm_all_exclusive(h, p->runs.list, p->runs.nr);
     p->vma_flags = p->exclusive ? DM_VMA_EXCLUSIVE : 0;
     if (p->runs.nr == 1 && p->runs.list[0].pfn != DM_NO_FRAME) {
         uint32_t pfn = p->runs.list[0].pfn;
@@ -258,7 +258,8 @@ int dm_map_ref(struct dm_host *h, const struct dm_ref_wire *w, unsigned flags, b
     dm_runs_init(&p.runs);
     int s = take_ref(h, w, &p, e);
     if (!s)
-        s = flags & DM_MAP_COPY ? map_copy(h, &p, id, e) : map_shared(h, &p, flags, may_block, id, e);
+        s = flags & DM_MAP_COPY ? map_copy(h, &p, id, e)
+                                : map_shared(h, &p, flags, may_block, id, e);
     dm_runs_free(&p.runs);
     if (!s)
         DM_COUNT(h, map_ref_calls, 1);

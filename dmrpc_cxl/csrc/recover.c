@@ -53,7 +53,8 @@ static void count_down(struct recovery *r, uint32_t pfn) {
             return; /* damaged; `dmrpc fabric verify` tells */
         next = dm_frame_refcount(word) == 1 ? dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word))
                                             : word - 1;
-    } while (!__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+    } while (
+        !__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
     r->out->frames_reclaimed += dm_frame_refcount(next) == 0;
 }
 
@@ -157,8 +158,9 @@ static void drop_held_refs(struct recovery *r) {
         case DM_REF_CLONING:
             /* A live one may be accepted by somebody at this moment: then it is theirs. */
             if (__atomic_compare_exchange_n(
-                    &entry->state, &word, dm_ref_pack(DM_REF_DROPPING, 0, r->host, dm_ref_gen(word)),
-                    false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                    &entry->state, &word,
+                    dm_ref_pack(DM_REF_DROPPING, 0, r->host, dm_ref_gen(word)), false,
+                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
                 finish_drop(r, i, 0);
             break;
         case DM_REF_DROPPING:
@@ -333,7 +335,8 @@ static void take_free_frames(struct recovery *r) {
     }
 }
 
-int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *out, struct dm_error *e) {
+int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *out,
+                    struct dm_error *e) {
     uint64_t start = now_ns();
     memset(out, 0, sizeof *out);
     if (host == 0 || host > dev->geo.max_hosts)

@@ -55,7 +55,8 @@ static uint32_t runs_per_overflow(uint32_t page_shift) {
 /* Copy an entry's runs out, checking them: the device is shared, and a damaged entry must not lead outside it. */
 int dm_runs_of_entry(const struct dm_ref_entry *entry, const char *physmap, uint32_t page_shift,
                      uint32_t nr_frames, struct dm_runs *r) {
-    uint32_t left = entry->nr_runs, inline_runs = left < DM_REF_INLINE_RUNS ? left : DM_REF_INLINE_RUNS;
+    uint32_t left = entry->nr_runs,
+             inline_runs = left < DM_REF_INLINE_RUNS ? left : DM_REF_INLINE_RUNS;
     uint64_t pages = 0;
     for (uint32_t i = 0; i < inline_runs; i++) {
         pages += entry->runs[i].count;
@@ -81,8 +82,8 @@ int dm_runs_of_entry(const struct dm_ref_entry *entry, const char *physmap, uint
     }
     for (uint32_t i = 0; i < r->nr; i++)
         if (r->list[i].count == 0 ||
-            (r->list[i].pfn != DM_NO_FRAME && (r->list[i].pfn >= nr_frames ||
-                                               r->list[i].count > nr_frames - r->list[i].pfn)))
+            (r->list[i].pfn != DM_NO_FRAME &&
+             (r->list[i].pfn >= nr_frames || r->list[i].count > nr_frames - r->list[i].pfn)))
             return DM_ERR_CORRUPT;
     return pages == entry->nr_pages ? DM_OK : DM_ERR_CORRUPT;
 }
@@ -102,7 +103,8 @@ static uint32_t wire_checksum(const struct dm_ref_wire *w) {
     return (uint32_t)(hash ^ hash >> 32);
 }
 
-static void wire_fill(const struct dm_host *h, uint32_t index, uint32_t gen, struct dm_ref_wire *w) {
+static void wire_fill(const struct dm_host *h, uint32_t index, uint32_t gen,
+                      struct dm_ref_wire *w) {
     const struct dm_ref_entry *entry = &h->refs[index];
     *w = (struct dm_ref_wire){.magic = DM_REF_MAGIC,
                               .entry = index,
@@ -117,7 +119,8 @@ int dm_ref_wire_check(const struct dm_ref_wire *w, uint64_t fabric_id, struct dm
     if (w->magic != DM_REF_MAGIC || w->reserved != 0 || w->check != wire_checksum(w))
         return dm_fail(e, DM_ERR_BAD_REF, "these bytes are not a Ref, or were damaged on the way");
     if (w->fabric_id != fabric_id)
-        return dm_fail(e, DM_ERR_BAD_REF, "a Ref of another fabric (%016llx, this host is on %016llx)",
+        return dm_fail(e, DM_ERR_BAD_REF,
+                       "a Ref of another fabric (%016llx, this host is on %016llx)",
                        (unsigned long long)w->fabric_id, (unsigned long long)fabric_id);
     return DM_OK;
 }
@@ -146,7 +149,8 @@ int dm_ref_check(struct dm_host *h, const struct dm_ref_wire *w, uint32_t *index
     return DM_OK;
 }
 
-static int claim(struct dm_host *h, uint32_t index, uint64_t *word, uint8_t state, struct dm_error *e) {
+static int claim(struct dm_host *h, uint32_t index, uint64_t *word, uint8_t state,
+                 struct dm_error *e) {
     uint64_t mine = dm_ref_pack(state, dm_ref_flags(*word), h->id, dm_ref_gen(*word));
     /* Acquire: what the holder wrote in the entry and its frames is visible once the claim succeeds. */
     if (!__atomic_compare_exchange_n(&h->refs[index].state, word, mine, false, __ATOMIC_ACQ_REL,
@@ -167,12 +171,12 @@ static uint64_t next_nonce(struct dm_host *h) {
     uint64_t v0 = k0 ^ 0x736f6d6570736575ull, v1 = k1 ^ 0x646f72616e646f6dull,
              v2 = k0 ^ 0x6c7967656e657261ull, v3 = k1 ^ 0x7465646279746573ull;
 #define ROTL(x, b) ((x) << (b) | (x) >> (64 - (b)))
-#define ROUND                                                                                       \
-    do {                                                                                            \
-        v0 += v1, v1 = ROTL(v1, 13), v1 ^= v0, v0 = ROTL(v0, 32);                                   \
-        v2 += v3, v3 = ROTL(v3, 16), v3 ^= v2;                                                      \
-        v0 += v3, v3 = ROTL(v3, 21), v3 ^= v0;                                                      \
-        v2 += v1, v1 = ROTL(v1, 17), v1 ^= v2, v2 = ROTL(v2, 32);                                   \
+#define ROUND                                                                                      \
+    do {                                                                                           \
+        v0 += v1, v1 = ROTL(v1, 13), v1 ^= v0, v0 = ROTL(v0, 32);                                  \
+        v2 += v3, v3 = ROTL(v3, 16), v3 ^= v2;                                                     \
+        v0 += v3, v3 = ROTL(v3, 21), v3 ^= v0;                                                     \
+        v2 += v1, v1 = ROTL(v1, 17), v1 ^= v2, v2 = ROTL(v2, 32);                                  \
     } while (0)
     v3 ^= m;
     ROUND;
@@ -196,21 +200,28 @@ static bool try_slot(struct dm_host *h, uint32_t index) {
                                        __ATOMIC_RELAXED);
 }
 
-/* Take a free entry: those used last first, for their cache lines are warm; then round the table. */
+/*
+ * Take a free entry. Refs in flight are used up in about the order they were made: the oldest entry this host took lately
+ * is probably free again, and its cache lines and page-table entry are warm. Otherwise go round the table; the new
+ * entry takes the place of one that lives long.
+ */
 int dm_ref_slot(struct dm_host *h, uint32_t *index, struct dm_error *e) {
-    enum { HINTS = sizeof h->ref_hints / sizeof h->ref_hints[0] };
-    for (unsigned i = 0; i < HINTS; i++)
-        if (try_slot(h, h->ref_hints[i])) {
-            *index = h->ref_hints[i];
+    for (unsigned i = 0; i < 4; i++) {
+        uint32_t at = (h->ref_ring_at + i) % DM_REF_RING;
+        if (try_slot(h, h->ref_ring[at])) {
+            *index = h->ref_ring[at];
+            h->ref_ring_at = (at + 1) % DM_REF_RING;
             goto found;
         }
+    }
     for (uint32_t i = 0; i < h->max_refs; i++) {
         uint32_t at = h->ref_cursor + i < h->max_refs ? h->ref_cursor + i
                                                       : h->ref_cursor + i - h->max_refs;
         if (try_slot(h, at)) {
             *index = at;
             h->ref_cursor = at + 1 < h->max_refs ? at + 1 : 0;
-            h->ref_hints[at % HINTS] = at;
+            h->ref_ring[h->ref_ring_at] = at;
+            h->ref_ring_at = (h->ref_ring_at + 1) % DM_REF_RING;
             goto found;
         }
     }
@@ -253,8 +264,8 @@ void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry) {
 
 /* Write runs into an entry being built. An overflow frame is linked before its count is taken, so recovery
  * finds it whatever the moment. May drop the lock. */
-int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *runs, uint32_t nr_runs,
-                      bool may_block, struct dm_error *e) {
+int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *runs,
+                      uint32_t nr_runs, bool may_block, struct dm_error *e) {
     struct dm_ref_entry *entry = &h->refs[index];
     uint32_t done = nr_runs < DM_REF_INLINE_RUNS ? nr_runs : DM_REF_INLINE_RUNS;
     memcpy(entry->runs, runs, done * sizeof runs[0]);
@@ -400,9 +411,8 @@ int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
             to->length = from->length;
             to->page_offset = from->page_offset;
             to->nr_pages = from->nr_pages;
-            struct dm_intent *in =
-                dm_intent_begin(h, DM_INTENT_CLONE, 0, from->nr_pages, 0, copy,
-                                __atomic_load_n(&to->state, __ATOMIC_RELAXED));
+            struct dm_intent *in = dm_intent_begin(h, DM_INTENT_CLONE, 0, from->nr_pages, 0, copy,
+                                                   __atomic_load_n(&to->state, __ATOMIC_RELAXED));
             s = count_runs(h, in, &runs);
             if (!s) {
                 flags &= (uint8_t)~DM_REF_EXCLUSIVE;

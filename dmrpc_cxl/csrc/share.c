@@ -39,7 +39,7 @@ static int uncount_range(struct dm_host *h, struct dm_intent *in, uint32_t page,
     while (done-- > 0) {
         dm_intent_progress(in, done);
         if (h->pt[page + done] & DM_PTE_PRESENT)
-            (void)dm_count_down(h, h->pt[page + done] & DM_PTE_PFN); /* the mapping's stays: never the last */
+            (void)dm_count_down(h, h->pt[page + done] & DM_PTE_PFN); /* never the last */
     }
     return DM_ERR_TOO_MANY_REFS;
 }
@@ -58,8 +58,8 @@ static int count_range(struct dm_host *h, struct dm_intent *in, uint32_t page, u
     return DM_OK;
 }
 
-static int prepare_entry(struct dm_host *h, uint32_t page, uint32_t nr, bool may_block, uint32_t *index,
-                         struct dm_runs *runs, struct dm_error *e) {
+static int prepare_entry(struct dm_host *h, uint32_t page, uint32_t nr, bool may_block,
+                         uint32_t *index, struct dm_runs *runs, struct dm_error *e) {
     dm_runs_init(runs);
     int s = runs_of_pages(h, page, nr, runs);
     if (!s)
@@ -76,7 +76,8 @@ static int prepare_entry(struct dm_host *h, uint32_t page, uint32_t nr, bool may
 
 /* prepare_entry may have dropped the lock while it asked for frames. The buffer is pinned by the caller, but a store may
  * have copied some of its pages meanwhile: then the stored runs are stale. */
-static bool still_the_same(const struct dm_host *h, uint32_t page, uint32_t nr, const struct dm_runs *runs) {
+static bool still_the_same(const struct dm_host *h, uint32_t page, uint32_t nr,
+                           const struct dm_runs *runs) {
     struct dm_runs now;
     dm_runs_init(&now);
     bool same = !runs_of_pages(h, page, nr, &now) && now.nr == runs->nr &&
@@ -96,7 +97,8 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
     struct dm_vma *v = &h->vmas[id];
     uint64_t start = dm_addr_of(h, v->page) + v->page_offset;
     if (size == 0 || addr < start || size > v->length || addr - start > v->length - size)
-        return dm_fail(e, DM_ERR_BAD_SIZE, "%llu bytes there reach outside the mapping of %llu bytes",
+        return dm_fail(e, DM_ERR_BAD_SIZE,
+                       "%llu bytes there reach outside the mapping of %llu bytes",
                        (unsigned long long)size, (unsigned long long)v->length);
     uint32_t page = dm_page_of(h, addr);
     uint32_t nr = dm_page_of(h, addr + size - 1) - page + 1;

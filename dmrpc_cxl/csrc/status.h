@@ -43,9 +43,9 @@ enum dm_status {
 
 /* Filled in by the function that fails; lives on the caller's stack. */
 struct dm_error {
-    int sys_errno;        /* 0 when no system call failed */
-    int wire_status;      /* enum dm_wire_status when the coordinator refused */
-    const char *syscall;  /* static string or NULL */
+    int sys_errno;       /* 0 when no system call failed */
+    int wire_status;     /* enum dm_wire_status when the coordinator refused */
+    const char *syscall; /* static string or NULL */
     unsigned long long address;
     unsigned int frame;
     char text[192];

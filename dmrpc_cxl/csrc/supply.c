@@ -129,7 +129,8 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
             break;
         DM_COUNT(h, frames_returned, given);
         h->entry->nr_free = h->free.nr_free;
-        int s = request(h, l, DM_MSG_RETURN, runs, nr_runs * (uint32_t)sizeof runs[0], NULL, 0, NULL, e);
+        int s = request(h, l, DM_MSG_RETURN, runs, nr_runs * (uint32_t)sizeof runs[0], NULL, 0,
+                        NULL, e);
         if (s)
             return s;
         if (h->closed)
@@ -156,7 +157,8 @@ int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, s
             give_up = dm_now_ns() + h->deadline_ns;
         else if (dm_now_ns() > give_up)
             return dm_fail(e, DM_ERR_OUT_OF_FRAMES,
-                           "no run of %u frames before the deadline: other threads took what came", nr);
+                           "no run of %u frames before the deadline: other threads took what came",
+                           nr);
         int s = dm_refill(h, &h->link, nr, nr, e);
         if (s == DM_ERR_OUT_OF_FRAMES && !defragmented && dm_unpromised(h) > 0) {
             /* Our fragments and the pool's may make one run together. */

@@ -94,7 +94,8 @@ static int uffd_register(struct dm_host *h, uint32_t page, uint32_t nr, uint64_t
     return DM_OK;
 }
 
-static int uffd_protect(struct dm_host *h, uint32_t page, uint32_t nr, bool on, struct dm_error *e) {
+static int uffd_protect(struct dm_host *h, uint32_t page, uint32_t nr, bool on,
+                        struct dm_error *e) {
     struct uffdio_writeprotect w = {.range = {dm_addr_of(h, page), bytes_of(h, nr)},
                                     .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0};
     DM_COUNT(h, syscalls, 1);
@@ -105,20 +106,21 @@ static int uffd_protect(struct dm_host *h, uint32_t page, uint32_t nr, bool on, 
     while (ioctl(h->uffd, UFFDIO_WRITEPROTECT, &w) < 0) {
         if (errno != EAGAIN)
             return dm_fail_sys(e, "UFFDIO_WRITEPROTECT", w.range.start);
-        DM_COUNT(h, syscalls, 1); /* the address space is changing (fork); the kernel asks to retry */
+        DM_COUNT(h, syscalls, 1); /* the address space is changing (fork): again */
     }
     return DM_OK;
 }
 
-static int map_fixed(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t pfn, struct dm_error *e) {
+static int map_fixed(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t pfn,
+                     struct dm_error *e) {
     void *at = (void *)(uintptr_t)dm_addr_of(h, page);
     void *got;
     if (pfn == DM_NO_FRAME)
         got = mmap(at, bytes_of(h, nr), PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     else
-        got = mmap(at, bytes_of(h, nr), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, h->device_fd,
-                   (off_t)(h->data_off + bytes_of(h, pfn)));
+        got = mmap(at, bytes_of(h, nr), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                   h->device_fd, (off_t)(h->data_off + bytes_of(h, pfn)));
     h->entry->counters[DM_CNT_syscalls] += 2;
     DM_COUNT(h, remap_calls, 1);
     if (got == MAP_FAILED)
@@ -157,7 +159,8 @@ static uint32_t run_of(const struct dm_host *h, uint32_t page, uint32_t nr, uint
     return n;
 }
 
-static void kstate_change(struct dm_host *h, uint32_t page, uint32_t nr, uint8_t clear, uint8_t set) {
+static void kstate_change(struct dm_host *h, uint32_t page, uint32_t nr, uint8_t clear,
+                          uint8_t set) {
     for (uint32_t i = 0; i < nr; i++)
         h->kstate[page + i] = (uint8_t)((h->kstate[page + i] & ~clear) | set);
 }
@@ -198,7 +201,8 @@ int dm_protect(struct dm_host *h, uint32_t page, uint32_t nr, struct dm_error *e
             continue;
         int s = checked ? DM_OK : check_fds(h, e);
         checked = true;
-        if (s || (s = ensure_registered(h, page + i, n, e)) || (s = uffd_protect(h, page + i, n, true, e)))
+        if (s || (s = ensure_registered(h, page + i, n, e)) ||
+            (s = uffd_protect(h, page + i, n, true, e)))
             return s;
         kstate_change(h, page + i, n, 0, DM_KS_PROTECTED);
     }

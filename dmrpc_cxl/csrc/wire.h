@@ -24,35 +24,35 @@
 #define DM_WIRE_MAX_PAYLOAD (1u << 20)
 
 enum dm_msg_type {
-    DM_MSG_HELLO = 1,      /* -> struct dm_msg_hello              <- struct dm_msg_hello_reply */
-    DM_MSG_REGISTER = 2,   /* -> struct dm_msg_register           <- struct dm_msg_registered */
-    DM_MSG_REJOIN = 3,     /* -> struct dm_msg_rejoin             <- struct dm_msg_registered */
-    DM_MSG_GUARD = 4,      /* -> struct dm_msg_rejoin + one fd    <- empty */
-    DM_MSG_GRANT = 5,      /* -> struct dm_msg_grant              <- struct dm_run[] now owned by the host */
-    DM_MSG_RETURN = 6,     /* -> struct dm_run[] already owned by the pool   <- empty */
-    DM_MSG_LEAVE = 7,      /* -> empty; everything was released   <- empty */
-    DM_MSG_PUBLISH = 16,   /* -> {"name", "endpoint"}             <- {} */
-    DM_MSG_WITHDRAW = 17,  /* -> {"name"}                         <- {} */
-    DM_MSG_LOOKUP = 18,    /* -> {"name"}                         <- {"name", "endpoint", "host"} */
-    DM_MSG_LIST = 19,      /* -> {"prefix"}                       <- {"services": [...]} */
-    DM_MSG_STATS = 20,     /* -> {}                               <- {...} */
-    DM_MSG_HOSTS = 21,     /* -> {}                               <- {"hosts": [...]} */
-    DM_MSG_SHUTDOWN = 22,  /* -> {}                               <- {} and the coordinator stops */
-    DM_MSG_WAIT = 23,      /* -> {"hosts": n} or {"name": s}      <- {} once that many are active / it is published */
-    DM_MSG_NOTIFY_RECALL = 32, /* coordinator -> host: struct dm_msg_recall; please return free frames */
+    DM_MSG_HELLO = 1,    /* -> struct dm_msg_hello              <- struct dm_msg_hello_reply */
+    DM_MSG_REGISTER = 2, /* -> struct dm_msg_register           <- struct dm_msg_registered */
+    DM_MSG_REJOIN = 3,   /* -> struct dm_msg_rejoin             <- struct dm_msg_registered */
+    DM_MSG_GUARD = 4,    /* -> struct dm_msg_rejoin + one fd    <- empty */
+    DM_MSG_GRANT = 5,  /* -> struct dm_msg_grant              <- struct dm_run[], now the host's */
+    DM_MSG_RETURN = 6, /* -> struct dm_run[] already owned by the pool   <- empty */
+    DM_MSG_LEAVE = 7,  /* -> empty; everything was released   <- empty */
+    DM_MSG_PUBLISH = 16,  /* -> {"name", "endpoint"}             <- {} */
+    DM_MSG_WITHDRAW = 17, /* -> {"name"}                         <- {} */
+    DM_MSG_LOOKUP = 18,   /* -> {"name"}                         <- {"name", "endpoint", "host"} */
+    DM_MSG_LIST = 19,     /* -> {"prefix"}                       <- {"services": [...]} */
+    DM_MSG_STATS = 20,    /* -> {}                               <- {...} */
+    DM_MSG_HOSTS = 21,    /* -> {}                               <- {"hosts": [...]} */
+    DM_MSG_SHUTDOWN = 22, /* -> {}                               <- {} and the coordinator stops */
+    DM_MSG_WAIT = 23,     /* -> {"hosts": n} or {"name": s}      <- {} once they are there */
+    DM_MSG_NOTIFY_RECALL = 32, /* coordinator -> host: struct dm_msg_recall; give frames back */
     DM_MSG_NOTIFY_FENCED = 33, /* coordinator -> host: you were declared dead; stop */
 };
 
 /* Header status. 0 in requests. A reply with another status than OK has UTF-8 text as payload that says why. */
 enum dm_wire_status {
     DM_WIRE_OK = 0,
-    DM_WIRE_BAD_REQUEST = 1,   /* malformed, wrong order, unknown type */
-    DM_WIRE_DENIED = 2,        /* wrong secret or fabric */
+    DM_WIRE_BAD_REQUEST = 1, /* malformed, wrong order, unknown type */
+    DM_WIRE_DENIED = 2,      /* wrong secret or fabric */
     DM_WIRE_VERSION_MISMATCH = 3,
-    DM_WIRE_NO_FRAMES = 4,     /* pool cannot give a single frame */
+    DM_WIRE_NO_FRAMES = 4, /* pool cannot give a single frame */
     DM_WIRE_NO_HOST_SLOT = 5,
     DM_WIRE_NOT_REGISTERED = 6,
-    DM_WIRE_FENCED = 7,        /* incarnation is not the current one */
+    DM_WIRE_FENCED = 7, /* incarnation is not the current one */
     DM_WIRE_NOT_FOUND = 8,
     DM_WIRE_EXISTS = 9,
     DM_WIRE_QUOTA = 10,
@@ -106,8 +106,8 @@ struct dm_msg_rejoin {
 };
 
 struct dm_msg_grant {
-    uint32_t want;     /* frames; the reply may hold fewer, at least one */
-    uint32_t min_run;  /* one run of at least this many frames is needed; 0 or 1: any */
+    uint32_t want;    /* frames; the reply may hold fewer, at least one */
+    uint32_t min_run; /* one run of at least this many frames is needed; 0 or 1: any */
 };
 
 struct dm_msg_recall {

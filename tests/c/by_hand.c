@@ -175,8 +175,8 @@ struct dm_host *by_hand_host(struct dm_device *dev, uint16_t id) {
     identify(h->uffd, &h->uffd_dev, &h->uffd_ino);
     h->reads_allocate = !unpopulated;
     h->ref_cursor = (uint32_t)(id - 1) * h->max_refs / dev->geo.max_hosts;
-    for (unsigned i = 0; i < sizeof h->ref_hints / sizeof h->ref_hints[0]; i++)
-        h->ref_hints[i] = h->ref_cursor;
+    for (unsigned i = 0; i < DM_REF_RING; i++)
+        h->ref_ring[i] = h->ref_cursor;
     h->nonce_key[0] = 0x1234567890abcdefull * id;
     h->nonce_key[1] = ~h->nonce_key[0];
     snprintf(h->name, sizeof h->name, "host %u", id);

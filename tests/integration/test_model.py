@@ -186,6 +186,7 @@ class Stand:
         ]
 
 
+WAYS = ["memoryview", "memmove", "readinto", "preadv", "recv_into"]
 number = st.integers(0, 10_000)
 fraction = st.floats(0, 1, exclude_max=True)
 hosts = st.integers(0, HOSTS - 1)
@@ -289,12 +290,13 @@ class Operations(RuleBasedStateMachine):
         self.model.write(mapping, offset, data)
 
     @precondition(lambda self: self.model.mappings)
-    @rule(which=number, where=fraction, part=st.one_of(fraction, st.just(0.0)), seed=number,
-          how=st.sampled_from(["memoryview", "memmove", "readinto", "preadv", "recv_into"]))  # fmt: skip
-    def write(self, which: int, where: float, part: float, seed: int, how: str) -> None:
-        mapping = self.mapping(which)
-        offset, length = self.piece(mapping, where, part)
-        self.store(mapping, offset, bytes_of(seed, length), how)
+    @rule(stores=st.lists(st.tuples(number, fraction, st.one_of(fraction, st.just(0.0)), st.sampled_from(WAYS)),
+                          min_size=1, max_size=5), seed=number)  # fmt: skip
+    def write(self, stores: list[tuple[int, float, float, str]], seed: int) -> None:
+        for which, where, part, how in stores:
+            mapping = self.mapping(which)
+            offset, length = self.piece(mapping, where, part)
+            self.store(mapping, offset, bytes_of(seed, length), how)
 
     @precondition(lambda self: self.model.mappings)
     @rule(which=number, where=fraction, part=fraction, kernel=st.booleans())

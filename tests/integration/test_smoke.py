@@ -1,7 +1,8 @@
 """The shortest way through the whole fabric."""
 
-import dmrpc_cxl
 import pytest
+
+import dmrpc_cxl
 from dmrpc_cxl.errors import RefConsumed
 from tests.fabrics import At, Fabric
 

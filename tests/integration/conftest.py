@@ -1,0 +1,37 @@
+"""Crews of hosts for the tests in this folder: see tests/crews.py."""
+
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from tests.crews import Crew, Crews
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember whether a test failed, for fixtures that end after it."""
+    report = yield
+    if report.when == "call":
+        item.stash[_FAILED] = report.failed
+    return report
+
+
+@pytest.fixture(scope="session")
+def crews() -> Iterator[Crews]:
+    """Every crew of this run; audited when the run ends."""
+    crews = Crews()
+    yield crews
+    crews.close()
+
+
+@pytest.fixture
+def crew(request: pytest.FixtureRequest, crews: Crews) -> Iterator[Crew]:
+    """Hosts on a fabric with pages of 4 KiB, or of the kind that the parameter names."""
+    with crews.use(
+        getattr(request, "param", "4K"), lambda: request.node.stash.get(_FAILED, True)
+    ) as crew:
+        yield crew
