@@ -91,7 +91,8 @@ def _steady(cpu: int | None) -> list[dict[str, Any]]:
                 a, b = (one, two) if i % 2 else (two, one)
                 if i == 0:
                     before, faults = [one.call(counters), two.call(counters)], 0
-                    times.clear(), copies.clear()
+                    times.clear()
+                    copies.clear()
                 wires, made, f = a.call(produce, size, True)
                 used, g = b.call(consume, wires)
                 times.append(made + used)
@@ -137,7 +138,8 @@ def _steady(cpu: int | None) -> list[dict[str, Any]]:
                         ),
                     )
                 )
-        one.leave(), two.leave()
+        one.leave()
+        two.leave()
     lines.append(
         bar(
             f"four calls at 1 MiB against 32 KiB, {where}",
@@ -240,7 +242,8 @@ def circulate() -> list[dict[str, Any]]:
                 b.call(_free, a.call(_send, batch))
             seconds = (now() - t0) / 1e9
             trips = one.call(_round_trips) + two.call(_round_trips)
-            one.leave(), two.leave()
+            one.leave()
+            two.leave()
         lines.append(
             bar(
                 f"allocations per coordinator round trip, {what}",

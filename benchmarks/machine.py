@@ -83,7 +83,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def bar(
-    what: str, measured: float, limit: float, *, at_most: bool, unit: str = "x", **beside: Any
+    what: str, measured: float, limit: float, *, at_most: bool, unit: Any = "x", **beside: Any
 ) -> dict[str, Any]:
     """One line of the report: a measured value against its bar."""
     met = measured <= limit if at_most else measured >= limit

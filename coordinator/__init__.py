@@ -25,6 +25,6 @@ Map of the package, from pure to not; each module imports only from those above 
     client.py       a synchronous client for tools and tests
     __main__.py     ``python -m dmrpc_cxl.coordinator FABRIC``
 
-Paper: V-B. Differs: watermarks and batches have values and are negotiated; frames can be recalled; hosts that die are
-noticed and reclaimed; the coordinator can be restarted; it also keeps the names of services.
+Paper: V-B. Differs: watermarks and batches have values and are negotiated; frames can be recalled;
+hosts that die are noticed and reclaimed; the coordinator can be restarted; it keeps service names.
 """

@@ -37,8 +37,7 @@ class Client:
         secret: bytes,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
-        """Connect to a Unix path or a TCP address; `timeout` is the time limit of every request, in
-        seconds.
+        """Connect to a Unix path or a TCP address; every request has `timeout` seconds.
 
         Raises:
             CoordinatorLost: nobody listens there.
@@ -217,9 +216,7 @@ class Client:
         return registered
 
     def guard(self, host: int, incarnation: int, userfaultfd: int) -> None:
-        """Have the coordinator keep a duplicate of a userfaultfd; then only `next_notice` is of
-        use.
-        """
+        """Have a userfaultfd kept; afterwards only `next_notice` is of use."""
         self.request(MsgType.GUARD, Rejoin(incarnation, host), descriptors=[userfaultfd])
 
     def grant(self, want: int, min_run: int = 0) -> list[Run]:

@@ -89,9 +89,7 @@ class Connection:
         return self.peer_pid is not None
 
     def peer_closed(self) -> bool:
-        """Ask the kernel whether the peer has closed its end, though the event loop may not have
-        seen it yet.
-        """
+        """Ask the kernel whether the peer has closed its end: sooner than the event loop knows."""
         if self.gone.is_set():
             return True
         poll = select.poll()
@@ -104,9 +102,7 @@ class Connection:
         return taken
 
     def notify(self, kind: MsgType, body: Any = None) -> bool:
-        """Say something on a guard connection without waiting. False: the peer is gone or does not
-        read.
-        """
+        """Say something to a guard without waiting. False: the peer is gone or does not read."""
         if self.gone.is_set() or self.protocol.state is not State.GUARD:
             return False
         data = self.protocol.notify(kind, body)
@@ -171,9 +167,7 @@ class Connection:
                 self._advance()
 
     def _advance(self) -> None:
-        """Serve the next request if it is complete. A second one before the first is answered ends
-        the connection.
-        """
+        """Serve the next request if it is complete and none is being served."""
         try:
             # While an answer is on its way out the next request may come in already, and waits.
             while not self._sending and not self.gone.is_set():

@@ -30,9 +30,7 @@ class Run(NamedTuple):
 
 
 class FrameConflict(DeviceError):
-    """Frames that are said to become free are in the pool already, or are no frames of the
-    device.
-    """
+    """Frames that should become free are in the pool already, or not in the device."""
 
 
 class Extents:
@@ -85,9 +83,7 @@ class Extents:
         return self._by_length[-1][0] if self._by_length else 0
 
     def missing(self, pfn: int, count: int) -> list[Run]:
-        """Return the parts of frames [pfn, pfn + count) that are not in the set, by frame
-        number.
-        """
+        """Return the parts of frames [pfn, pfn + count) that are not in the set, ascending."""
         self._check(pfn, count)
         parts: list[Run] = []
         end = pfn + count
@@ -105,8 +101,7 @@ class Extents:
         return parts
 
     def add(self, pfn: int, count: int) -> None:
-        """Put frames [pfn, pfn + count) in, all or nothing, and coalesce them with their
-        neighbours.
+        """Put frames [pfn, pfn + count) in, all or nothing; they coalesce with neighbours.
 
         Raises:
             FrameConflict: one of them is in the set already, or is no frame of the device.

@@ -59,8 +59,7 @@ class Frames:
         return given
 
     def take_back(self, account: HostAccount, runs: list[Run]) -> None:
-        """Count frames into the pool that a RETURN names, as far as their words say so and they are
-        not counted yet.
+        """Count frames into the pool that a RETURN names, if their words say so too.
 
         A RETURN that is repeated, since its answer was lost, counts nothing the second time.
 
@@ -84,20 +83,19 @@ class Frames:
             )  # fmt: skip
 
     async def look_for_lost(self) -> int:
-        """Count frames into the pool whose words name it and that the ledger does not have. Returns
-        how many.
+        """Count frames whose words name the pool and that the ledger lacks. Returns how many.
 
         Such are the frames of reclaimed hosts, and those of a RETURN that did not arrive.
         """
         loop = asyncio.get_running_loop()
-        # The list may be out of date by the time it is here: the ledger and the words are asked
-        # again.
+        # The list may be out of date by now: the ledger and the words are asked again.
         candidates = await loop.run_in_executor(self._threads, self._device.free_runs, POOL)
         return self._ledger.found(self._confirmed(Run(*run) for run in candidates))
 
     def _confirmed(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Yield the parts of `runs` that are the pool's and not in the ledger, one after the other
-        has been counted.
+        """Yield the parts of `runs` that are the pool's and that the ledger lacks.
+
+        Each must have been counted before the next is asked for.
         """
         for run in runs:
             for part in self._ledger.pool.missing(*run):

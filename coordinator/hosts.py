@@ -97,9 +97,7 @@ class Hosts:
         changes: Changes,
         threads: Executor,
     ) -> None:
-        """Begin empty; `changes` is announced when hosts come and go. Must be called in the event
-        loop.
-        """
+        """Begin empty, in the event loop; `changes` is announced when hosts come and go."""
         self.epoch = 0
         self.reclaims: deque[Reclaim] = deque(maxlen=32)
         self.nr_reclaims = 0
@@ -155,9 +153,7 @@ class Hosts:
     # ---------------------------------------------------------------- coming
 
     async def restore(self) -> None:
-        """Take over the hosts of an earlier coordinator from the device, and reclaim those whose
-        process is gone.
-        """
+        """Take over an earlier coordinator's hosts, and reclaim those whose process is gone."""
         dead: list[LiveHost] = []
         for entry in self._device.hosts():
             slot: int = entry["host"]
@@ -192,8 +188,7 @@ class Hosts:
         async with self._admission:
             host = self._with_token(ask.token)
             if host is None:
-                # Not to be torn apart by the end of the connection: the slot is taken, or it is
-                # not.
+                # The end of the connection must not tear this apart.
                 host = await asyncio.shield(self._admit(connection, ask))
             else:
                 self._check_process(connection, host)
@@ -211,8 +206,7 @@ class Hosts:
         return self._bind(connection, host)
 
     def guard(self, connection: Connection, ask: Rejoin) -> None:
-        """Keep the userfaultfd that came with the request, and use the connection to speak to the
-        host.
+        """Keep the userfaultfd that came with the request; the connection is the host's guard.
 
         Raises:
             RemoteProtocolError: not exactly one descriptor, or not a userfaultfd.
@@ -260,9 +254,7 @@ class Hosts:
         return host
 
     def _process_of(self, connection: Connection, ask: Register) -> Process:
-        """Find the process that registers. Its own word counts only for what the kernel does not
-        say.
-        """
+        """Find the process that registers; what the kernel says of it counts more than its word."""
         pid, started = ask.pid, ask.start_time or None
         if connection.peer_pid is not None:
             pid = connection.peer_pid
@@ -290,7 +282,11 @@ class Hosts:
         return None
 
     def _known(self, slot: int, incarnation: int) -> LiveHost:
-        return self._hosts[self._ledger.account(slot, incarnation).host]
+        account = self._ledger.account(slot, incarnation)
+        host = self._hosts.get(slot)
+        if host is None or host.account is not account:
+            raise HostFenced(f"host {slot} is still being registered")
+        return host
 
     def _check_process(self, connection: Connection, host: LiveHost) -> None:
         """Refuse a connection of another process than the host's, such as a forked child's."""
@@ -358,8 +354,7 @@ class Hosts:
                 )
                 found = await self._frames.look_for_lost()
         except DmError:
-            # The slot stays DEAD: nothing of it is given to anybody. The next coordinator tries
-            # again.
+            # The slot stays DEAD, nothing of it is given away. The next coordinator tries again.
             log.exception("%s could not be reclaimed; its slot and frames stay as they are", host)
         else:
             self._device.set_host_state(account.host, DEAD, FREE)
@@ -379,9 +374,7 @@ class Hosts:
             self._changes.announce()
 
     def _let_go(self, host: LiveHost) -> None:
-        """Close the guard of a retired host once nothing needs it: the process is gone, or let go
-        of it after leaving.
-        """
+        """Close a retired host's guard if its process is gone or has let go of it."""
         if host not in self._lingering or (host.process is not None and host.guard is not None):
             return
         self._lingering.discard(host)

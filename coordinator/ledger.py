@@ -78,9 +78,7 @@ class HostAccount:
     watermarks: Watermarks
     alive: bool = True
     granted: int = 0
-    """Frames, as long as this coordinator has known the host; so are the next three, in their
-    units.
-    """
+    """Since this coordinator has known the host; the next three as well."""
     returned: int = 0
     grants: int = 0
     returns: int = 0
@@ -101,9 +99,7 @@ class Totals:
     frames_not_counted: int = 0
     """Frames of RETURN messages that were not the pool's, or were counted before."""
     frames_found: int = 0
-    """Frames that came to the pool without a RETURN: of dead hosts, or of a RETURN that never
-    arrived.
-    """
+    """Frames that came without a RETURN: of dead hosts, or of a RETURN that was lost."""
     frames_lost: int = 0
     """Frames of the pool whose word turned out to say otherwise."""
 
@@ -127,9 +123,7 @@ class Ledger:
         pool: Iterable[tuple[int, int]],
         policy: Policy | None = None,
     ) -> Ledger:
-        """Build the books of a device whose pool is made of these runs; hosts are readmitted
-        afterwards.
-        """
+        """Build the books of a device with this pool; hosts are readmitted afterwards."""
         return cls(nr_frames, max_hosts, Extents(nr_frames, pool), policy or Policy())
 
     # ---------------------------------------------------------------- hosts
@@ -163,9 +157,7 @@ class Ledger:
     def readmit(
         self, host: int, incarnation: int, name: str, alive: bool, free: int
     ) -> HostAccount:
-        """Enter a host that the device's host table knows from an earlier coordinator; it has
-        `free` free frames.
-        """
+        """Enter a host that an earlier coordinator left in the device, with `free` free frames."""
         account = HostAccount(host, incarnation, name, self.negotiate(), alive, charged=free)
         self.hosts[host] = account
         return account
@@ -218,8 +210,7 @@ class Ledger:
         return runs
 
     def give_back(self, account: HostAccount, runs: Iterable[Run], claimed: int) -> int:
-        """Put runs into the pool that a RETURN of `claimed` frames named and the device confirmed.
-        Returns frames.
+        """Put the confirmed runs of a RETURN of `claimed` frames into the pool; return how many.
 
         Raises:
             FrameConflict: one of the frames is in the pool already; the runs before it were put in.
@@ -237,9 +228,7 @@ class Ledger:
         return counted
 
     def found(self, runs: Iterable[Run]) -> int:
-        """Put runs into the pool that the device says are the pool's and the books do not have.
-        Returns frames.
-        """
+        """Put runs into the pool that came without a RETURN; return how many frames."""
         frames = 0
         for run in runs:
             self.pool.add(*run)
@@ -248,9 +237,7 @@ class Ledger:
         return frames
 
     def lost(self, account: HostAccount, frames: int) -> None:
-        """Take note that `frames` of a grant could not be handed over: their words say they are
-        not the pool's.
-        """
+        """Take note that so many frames of a grant turned out not to be the pool's."""
         account.granted -= frames
         account.charged -= frames
         self.totals.frames_granted -= frames

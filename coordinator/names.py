@@ -69,8 +69,7 @@ class Names:
         return (self._services[name] for name in sorted(self._services))
 
     def publish(self, name: str, endpoint: Any, host: int) -> None:
-        """Announce that `host` offers `name` at `endpoint`; the same host may do so again, to
-        change the endpoint.
+        """Announce that `host` offers `name`; it may do so again, to change the endpoint.
 
         Raises:
             ServiceExists: another live host has published the name.

@@ -187,9 +187,7 @@ class Server:
         self._stop.set()
 
     async def serve(self, ready: Callable[[Server], None]) -> None:
-        """Restore what is on the device, serve until `stop`, and leave nothing behind; `ready` is
-        told when it serves.
-        """
+        """Restore, tell `ready`, serve until `stop`, and leave nothing behind."""
         accepting: list[asyncio.Task[None]] = []
         epoch = 0
         try:

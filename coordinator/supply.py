@@ -103,8 +103,7 @@ class Supply:
         self._changes.announce()
 
     def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:
-        """Ask hosts that sit on free frames for `want` of them; for a long run, ask for all they
-        have.
+        """Ask hosts that sit on free frames for `want`; for a long run, for all they have.
 
         A host is asked once in `recall_seconds`. Returns whether some host has been asked and not
         answered.

@@ -852,6 +852,8 @@ cdef class Host:
         cdef dm_host *h = self.enter("stats")
         cdef uint32_t id
         cdef int used = 0
+        dm_lock(h)  # a fault that has just been served may not be counted yet
+        dm_unlock(h)
         out = {name: h.entry.counters[i] for i, (name, _) in enumerate(COUNTERS)}
         for id in range(1, h.nr_vmas + 1):
             used += h.vmas[id].flags & DM_VMA_USED != 0

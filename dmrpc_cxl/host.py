@@ -63,7 +63,8 @@ class Host(_native.Host):
             raise ValueError(f"negative dimensions are not allowed: {shape}")
         nbytes = dtype.itemsize * math.prod(lengths)
         buffer = self.ralloc(max(nbytes, 1), zero=zero)
-        return np.ndarray(lengths, dtype, buffer=memoryview(buffer))
+        array: npt.NDArray[Any] = np.ndarray(lengths, dtype, buffer=memoryview(buffer))
+        return array
 
 
 def attach(

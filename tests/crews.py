@@ -151,6 +151,12 @@ def frames_shown(at: At, name: str) -> list[int | None]:
     return shown
 
 
+def frame_words(fabric: str, frames: Iterable[int | None]) -> list[tuple[int, int, int]]:
+    """Return (refcount, owner, sequence) of each frame, read from the device; holes are left out."""
+    with device.open(fabric, writable=False) as opened:
+        return [opened.frame(frame) for frame in frames if frame is not None]
+
+
 # ---------------------------------------------------------------- hosts
 
 
@@ -279,13 +285,7 @@ class Crew:
 
     def counts(self, frames: Iterable[int | None]) -> list[int]:
         """Return the refcount of each frame, read from the device."""
-        with device.open(self.fabric.name, writable=False) as opened:
-            return [opened.frame(frame)[0] for frame in frames if frame is not None]
-
-    def owners(self, frames: Iterable[int | None]) -> list[int]:
-        """Return the owner in each frame's word."""
-        with device.open(self.fabric.name, writable=False) as opened:
-            return [opened.frame(frame)[1] for frame in frames if frame is not None]
+        return [word[0] for word in frame_words(self.fabric.name, frames)]
 
     def refs(self) -> list[dict[str, Any]]:
         """Return the Ref entries that are not free."""

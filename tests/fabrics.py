@@ -49,6 +49,9 @@ class At:
     def __getattr__(self, name: str) -> Any:  # kept attributes, for type checkers
         raise AttributeError(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
 
 class RemoteFailure(AssertionError):
     """A function failed in a host process; the text is its traceback there."""

@@ -9,7 +9,7 @@ import itertools
 import pytest
 
 from dmrpc_cxl.errors import RefConsumed
-from tests.crews import Crew, Member
+from tests.crews import Crew, Member, frame_words
 from tests.fabrics import Fabric
 
 page_sizes = pytest.mark.parametrize("crew", ["4K", "16K", "64K"], indirect=True)
@@ -70,18 +70,17 @@ def test_the_papers_example_ends_with_both_frames_free(crew: Crew, lazy: bool) -
 
 
 def test_who_drops_the_last_count_gets_the_frame_on_its_own_free_list(fabric: Fabric) -> None:
-    crew = Crew.__new__(Crew)  # a fresh fabric: nobody sits on more frames than the watermarks allow
-    crew.fabric = fabric
+    # A fabric of its own: nobody sits on so many frames that some go back to the coordinator.
     creator, consumer = (Member(fabric.host(copy_around=1)) for _ in range(2))
     frame = made_by(creator, 4096)
-    assert crew.owners([frame]) == [creator.id]
+    assert frame_words(fabric.name, [frame])[0][:2] == (1, creator.id)
     consumer.map_ref("page", creator.create_ref("page"))
     creator.rfree("page")
-    assert crew.counts([frame]) == [1]
-    free = crew.sound()["free"][consumer.id] if consumer.id in crew.sound()["free"] else 0
+    assert frame_words(fabric.name, [frame])[0][0] == 1
+    free = fabric.assert_sound()["free"].get(consumer.id, 0)
     consumer.rfree("page")
-    assert crew.owners([frame]) == [consumer.id]
-    assert crew.sound()["free"][consumer.id] == free + 1
+    assert frame_words(fabric.name, [frame])[0][:2] == (0, consumer.id)
+    assert fabric.assert_sound()["free"][consumer.id] == free + 1
 
 
 # ---------------------------------------------------------------- every other order
