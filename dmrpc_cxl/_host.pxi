@@ -10,6 +10,7 @@ cimport cython
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
+from cpython.number cimport PyNumber_Index
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.string cimport memcpy
 
@@ -73,6 +74,7 @@ cdef class Ref:
             return
         dm_lock(h)
         dm_ref_drop(h, &self.w, &err)
+        dm_balance(h)
         dm_unlock(h)
 
     @property
@@ -262,6 +264,7 @@ cdef int _retry_drop(dm_host *h, dm_ref_wire *w, dm_error *err) noexcept nogil:
     while True:
         dm_lock(h)
         s = dm_ref_drop(h, w, err)
+        dm_balance(h)
         dm_unlock(h)
         if not _still_busy(s, h, &give_up):
             return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
@@ -320,6 +323,7 @@ cdef class Buffer:
         dm_lock(h)
         h.vmas[self.id].buffer = NULL
         dm_rfree(h, self.id, &err)
+        dm_balance(h)
         dm_unlock(h)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
@@ -391,7 +395,8 @@ cdef class Buffer:
                     f"{self.length - offset} bytes are no whole number of {dtype} elements; give a shape"
                 )
             shape = ((self.length - offset) // dtype.itemsize,)
-        return numpy.ndarray(shape, dtype, buffer=view, offset=offset)
+        # numpy.ndarray would keep the Buffer alive but let go of its export at once; frombuffer keeps the memoryview.
+        return numpy.ndarray(shape, dtype, buffer=numpy.frombuffer(view, "u1"), offset=offset)
 
     def free(self):
         """Release the mapping now. Paper: rfree, Table II.
@@ -527,7 +532,7 @@ cdef class Host:
         cdef int s = DM_AGAIN_BLOCKING
         cdef uint64_t bytes_wanted
         try:
-            bytes_wanted = size
+            bytes_wanted = PyNumber_Index(size)
         except OverflowError:
             if size < 0:
                 raise _errors.BadSize(f"ralloc: {size} bytes") from None
@@ -580,24 +585,11 @@ cdef class Host:
         h = self.h
         dm_lock(h)
         s = dm_rfree(h, b.id, &err)
+        dm_balance(h)
         dm_unlock(h)
         if s:
             raise_status(s, &err, "rfree")
         b.live = False
-        if dm_too_many_free(h):
-            self.balance()
-
-    cdef int balance(self) except -1:
-        # Frames go back to the coordinator; if it cannot be reached now they will another time.
-        cdef dm_error err = no_error()
-        cdef dm_host *h = self.h
-        self.users += 1
-        with nogil:
-            dm_lock(h)
-            dm_balance(h, &err)
-            dm_unlock(h)
-        self.users -= 1
-        return 0
 
     cdef Buffer buffer_at(self, object address, str operation):
         cdef uint64_t at
@@ -780,10 +772,7 @@ cdef class Host:
             raise_status(s, &err, "map_ref")
         if r is not None:
             r.spent = True
-        cdef Buffer b = self.buffer_of(id)
-        if dm_too_many_free(h):
-            self.balance()
-        return b
+        return self.buffer_of(id)
 
     # ------------------------------------------------------------ the host itself
 

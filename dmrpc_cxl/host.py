@@ -63,8 +63,7 @@ class Host(_native.Host):
             raise ValueError(f"negative dimensions are not allowed: {shape}")
         nbytes = dtype.itemsize * math.prod(lengths)
         buffer = self.ralloc(max(nbytes, 1), zero=zero)
-        array: npt.NDArray[Any] = np.ndarray(lengths, dtype, buffer=memoryview(buffer))
-        return array
+        return buffer.numpy(dtype, lengths)
 
 
 def attach(
@@ -127,10 +126,10 @@ def attach(
             strict=strict,
             reads_allocate=reads_allocate,
             user_mode_only=user_mode_only,
-            low=low,
-            high=high,
-            batch=batch,
-            copy_around=copy_around,
+            low=operator.index(low),
+            high=operator.index(high),
+            batch=operator.index(batch),
+            copy_around=operator.index(copy_around),
             deadline=deadline,
         )
     finally:

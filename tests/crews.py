@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
+import pytest
 
 import dmrpc_cxl
 from dmrpc_cxl import Ref
@@ -66,6 +67,24 @@ KINDS = {
 
 
 # ---------------------------------------------------------------- acts, run in the host processes
+
+
+def _act(
+    at: At, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Call a function, and say of a failed assertion what pytest says in its own process only."""
+    try:
+        return function(at, *args, **kwargs)
+    except pytest.fail.Exception as error:  # of pytest.raises; cannot be sent as it is
+        raise AssertionError(str(error)) from error
+    except AssertionError as error:
+        if error.args:
+            raise
+        last, line = [*traceback.walk_tb(error.__traceback__)][-1]
+        seen = {key: repr(value)[:200] for key, value in last.f_locals.items()}
+        text = traceback.extract_tb(error.__traceback__)[-1].line
+        del last
+        raise AssertionError(f"line {line}: {text}\n    where {seen}") from None
 
 
 def _rest(at: At) -> int:
@@ -172,7 +191,7 @@ class Member:
     def start(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Begin a call; result() waits for it."""
         self.pending = True
-        self.process.start(function, *args, **kwargs)
+        self.process.start(_act, function, args, kwargs)
 
     def result(self) -> Any:
         """Return what the call that was begun returned, or raise what it raised."""
@@ -367,19 +386,7 @@ class Crews:
 
 
 def _run(at: At, module: str, name: str, kwargs: dict[str, Any]) -> None:
-    body = getattr(importlib.import_module(module), name).__wrapped__
-    try:
-        body(at, **kwargs)
-    except AssertionError as error:
-        if error.args:
-            raise
-        # pytest explains assertions in its own process only.
-        frames = [*traceback.walk_tb(error.__traceback__)]
-        last, line = frames[-1]
-        seen = {key: repr(value)[:200] for key, value in last.f_locals.items()}
-        text = traceback.extract_tb(error.__traceback__)[-1].line
-        del frames, last
-        raise AssertionError(f"line {line}: {text}\n    where {seen}") from None
+    getattr(importlib.import_module(module), name).__wrapped__(at, **kwargs)
 
 
 def in_host(body: Callable[..., None]) -> Callable[..., None]:

@@ -51,13 +51,13 @@ class Standing:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[tuple[Fabric, list[HostProcess]]]:
-        """Give the fabric and its hosts to a test that must leave nothing in use."""
+        """Give the fabric and its hosts to a test that must leave nothing in use. It may add hosts, but must end them."""
         if self._fabric is None:
             self._fabric = Fabric(**self._geometry)
             for options in self._hosts:
                 self._fabric.host(**options)
         fabric = self._fabric
-        hosts = list(fabric.hosts)
+        hosts = [host for host in fabric.hosts if not host.left]
         try:
             yield fabric, hosts
             for host in hosts:

@@ -307,6 +307,7 @@ static void release(struct dm_host *h) {
         dm_device_close(&h->device);
     pthread_mutex_destroy(&h->lock);
     pthread_mutex_destroy(&h->link_lock);
+    pthread_cond_destroy(&h->work);
     free(h);
 }
 
@@ -364,6 +365,7 @@ int dm_attach(const struct dm_attach *how, struct dm_host **out, struct dm_error
     snprintf(h->fabric, sizeof h->fabric, "%s", how->fabric);
     pthread_mutex_init(&h->lock, NULL);
     pthread_mutex_init(&h->link_lock, NULL);
+    pthread_cond_init(&h->work, NULL);
     int s = set_up(h, how, e);
     if (s) {
         if (h->id) /* the coordinator reclaims what is left of the registration */
@@ -411,16 +413,6 @@ int dm_detach(struct dm_host *h, struct dm_error *e) {
                             dm_now_ns() + h->deadline_ns, e);
     pthread_mutex_unlock(&h->link_lock);
     release(h);
-    return s;
-}
-
-/* Give back above the high watermark; the limit grows while a host keeps receiving more than it uses. */
-int dm_balance(struct dm_host *h, struct dm_error *e) {
-    if (!dm_too_many_free(h))
-        return DM_OK;
-    int s = dm_give_back(h, &h->link, h->high / 2 + h->nr_reserved, e);
-    if (h->high < 2 * h->batch_max)
-        h->high *= 2;
     return s;
 }
 

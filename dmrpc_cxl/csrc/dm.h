@@ -46,11 +46,16 @@ bool dm_pt_vacant(const struct dm_host *h, uint32_t page, uint32_t nr);
 void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr);
 void dm_freed_add(struct dm_host *h, struct dm_run *run, uint32_t pfn);
 void dm_freed_end(struct dm_host *h, struct dm_run *run);
-/* More free frames than the host should sit on? Then call dm_balance without the GIL. */
 static inline bool dm_too_many_free(const struct dm_host *h) {
     return h->free.nr_free > h->high + h->nr_reserved;
 }
-int dm_balance(struct dm_host *h, struct dm_error *e);
+/* After a call that may have freed frames: let the supplier give some back. Never waits for the coordinator. */
+static inline void dm_balance(struct dm_host *h) {
+    if (dm_too_many_free(h) && !h->wants_balance) {
+        h->wants_balance = true;
+        pthread_cond_signal(&h->work);
+    }
+}
 
 /* share.c: create_ref */
 int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_block,

@@ -153,18 +153,24 @@ static void upgrade(struct dm_host *h, struct dm_vma *v, struct span s) {
         v->flags |= DM_VMA_DIRTY;
 }
 
+bool dm_fault_pending(const struct dm_host *h, uint64_t addr) {
+    uint32_t page = dm_page_of(h, addr);
+    return h->vma_of[page] && (h->pt[page] & DM_PTE_HOLE || h->kstate[page] & DM_KS_PROTECTED);
+}
+
 /*
  * No mapping there. Either the fault was served together with another thread's and the buffer freed since, in order:
  * then a wake-up is all it needs. Or the store is a bug, and faults again at once.
  */
 static int stray(struct dm_host *h, struct dm_stray *last, uint64_t addr, uint32_t tid) {
-    if (last->addr == addr && last->tid == tid)
+    uint64_t now = dm_now_ns();
+    if (last->addr == addr && last->tid == tid && now - last->when_ns < 1000000000u)
         dm_fatal(
             h,
             "a thread stored to 0x%llx, which is no longer its memory: the buffer there was freed, "
             "moved or handed over while a raw pointer to it was kept",
             (unsigned long long)addr);
-    *last = (struct dm_stray){addr, tid};
+    *last = (struct dm_stray){.addr = addr, .when_ns = now, .tid = tid};
     DM_COUNT(h, spurious_faults, 1);
     (void)dm_wake(h, dm_page_of(h, addr), 1);
     return DM_FAULT_SERVED;
@@ -175,6 +181,8 @@ int dm_serve_fault(struct dm_host *h, struct dm_stray *last, uint64_t addr, uint
     uint32_t page = dm_page_of(h, addr), id = h->vma_of[page], pte = h->pt[page];
     if (!id)
         return stray(h, last, addr, tid);
+    if (last->tid == tid)
+        last->tid = 0; /* it went on since */
     struct dm_vma *v = &h->vmas[id];
     struct span s;
     struct dm_run run;

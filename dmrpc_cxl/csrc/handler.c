@@ -51,7 +51,6 @@ struct handler {
 
     /* under the host's lock */
     pthread_t supplier;
-    pthread_cond_t work; /* for the supplier */
     struct waiting waiting[MAX_WAITING];
     uint32_t nr_waiting;
     bool rang, reguard, recall, stop;
@@ -79,11 +78,27 @@ static void out_of_time(struct handler *t, const struct dm_error *e) {
              1u << h->page_shift);
 }
 
+static bool can_retry(const struct handler *t) {
+    return t->nr_waiting && !t->rang && dm_unpromised(t->h) > 0;
+}
+
+/* While the coordinator is asked, which may take long, other threads of this process may free frames. */
+static void between(void *arg) {
+    struct handler *t = arg;
+    dm_lock(t->h);
+    if (can_retry(t)) {
+        t->rang = true;
+        ring(t);
+    }
+    dm_unlock(t->h);
+}
+
 /* Get frames for the faults put aside. Frames that are free in this host may also come from its other threads. */
 static void supply(struct handler *t, unsigned *pause_ms) {
     struct dm_host *h = t->h;
     struct dm_error e = {0};
-    if (dm_unpromised(h) == 0 && dm_refill(h, &t->link, 1, 1, &e) != DM_OK) {
+    if (dm_unpromised(h) == 0 && dm_refill(h, &t->link, 1, 1, &e) != DM_OK && !t->rang &&
+        dm_unpromised(h) == 0) {
         if (t->stop || h->closed)
             return;
         if (atomic_load(&h->fenced))
@@ -96,13 +111,13 @@ static void supply(struct handler *t, unsigned *pause_ms) {
         dm_lock(h);
         *pause_ms = *pause_ms < 50 ? *pause_ms * 2 : 50;
     }
-    if (dm_unpromised(h) == 0)
-        return;
-    *pause_ms = 1;
-    t->rang = true;
-    ring(t);
+    if (can_retry(t)) {
+        *pause_ms = 1;
+        t->rang = true;
+        ring(t);
+    }
     while (t->rang && !t->stop)
-        pthread_cond_wait(&t->work, &h->lock);
+        pthread_cond_wait(&h->work, &h->lock);
 }
 
 /* The coordinator went away: be guarded by its successor as soon as there is one. */
@@ -130,6 +145,18 @@ static void give_back_recalled(struct handler *t) {
     (void)dm_give_back(h, &t->link, h->low, &e);
 }
 
+/* Give back above the high watermark; the limit grows while a host keeps receiving more than it uses. */
+static void balance(struct handler *t) {
+    struct dm_host *h = t->h;
+    struct dm_error e = {0};
+    h->wants_balance = false;
+    if (!dm_too_many_free(h))
+        return;
+    (void)dm_give_back(h, &t->link, h->high / 2 + h->nr_reserved, &e);
+    if (h->high < 2 * h->batch_max)
+        h->high *= 2;
+}
+
 static void *supplier_main(void *arg) {
     struct handler *t = arg;
     struct dm_host *h = t->h;
@@ -142,10 +169,12 @@ static void *supplier_main(void *arg) {
             supply(t, &pause_ms);
         else if (t->recall)
             give_back_recalled(t);
+        else if (h->wants_balance)
+            balance(t);
         else if (t->reguard)
             guard_again(t);
         else
-            pthread_cond_wait(&t->work, &h->lock);
+            pthread_cond_wait(&h->work, &h->lock);
     }
     dm_unlock(h);
     dm_link_close(&t->link);
@@ -196,11 +225,25 @@ static void answer_bell(struct dm_host *h) {
         dm_fatal(h, "cannot answer the bell page: %s", strerror(errno));
 }
 
+/* The pages around some address were served: so are the faults there that were put aside. Their threads are awake, and
+ * their buffer may be gone by the time the list is looked at. */
+static void forget_served(struct handler *t) {
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < t->nr_waiting; i++)
+        if (dm_fault_pending(t->h, t->waiting[i].addr))
+            t->waiting[left++] = t->waiting[i];
+    t->nr_waiting = left;
+}
+
 static void put_aside(struct handler *t, uint64_t addr, uint32_t tid, uint64_t since_ns) {
+    /* A signal interrupts a waiting thread, which then faults again. */
+    for (uint32_t i = 0; i < t->nr_waiting; i++)
+        if (t->waiting[i].tid == tid && t->waiting[i].addr == addr)
+            return;
     if (t->nr_waiting == MAX_WAITING)
         dm_fatal(t->h, "more than %d threads wait for a free frame", MAX_WAITING);
     t->waiting[t->nr_waiting++] = (struct waiting){addr, since_ns, tid};
-    pthread_cond_signal(&t->work);
+    pthread_cond_signal(&t->h->work);
 }
 
 static void serve_events(struct handler *t) {
@@ -231,6 +274,8 @@ static void serve_events(struct handler *t) {
             DM_COUNT(h, missing_faults, 1);
         if (dm_serve_fault(h, &t->last_stray, addr, tid) == DM_FAULT_NO_FRAME)
             put_aside(t, addr, tid, start);
+        else if (t->nr_waiting)
+            forget_served(t);
     }
     DM_COUNT(h, handler_ns, dm_now_ns() - start);
     dm_unlock(h);
@@ -247,12 +292,14 @@ static void retry(struct handler *t) {
     uint32_t left = 0;
     for (uint32_t i = 0; i < t->nr_waiting; i++) {
         struct waiting w = t->waiting[i];
-        if (dm_serve_fault(h, &t->last_stray, w.addr, w.tid) == DM_FAULT_NO_FRAME)
+        if (!dm_fault_pending(h, w.addr))
+            (void)dm_wake(h, dm_page_of(h, w.addr), 1);
+        else if (dm_serve_fault(h, &t->last_stray, w.addr, w.tid) == DM_FAULT_NO_FRAME)
             t->waiting[left++] = w;
     }
     t->nr_waiting = left;
     t->rang = false;
-    pthread_cond_signal(&t->work);
+    pthread_cond_signal(&h->work);
     dm_unlock(h);
 }
 
@@ -275,7 +322,7 @@ static void serve_guard(struct handler *t, short revents) {
     } else if (m.head.type == DM_MSG_NOTIFY_RECALL) {
         t->recall = true;
     }
-    pthread_cond_signal(&t->work);
+    pthread_cond_signal(&h->work);
     dm_unlock(h);
 }
 
@@ -303,17 +350,16 @@ static int start_supplier(struct handler *t) {
     t->ring_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (t->ring_fd < 0)
         return errno;
-    pthread_cond_init(&t->work, NULL);
     return pthread_create(&t->supplier, NULL, supplier_main, t);
 }
 
 static void stop_supplier(struct handler *t) {
-    dm_lock(t->h);
+    struct dm_host *h = t->h;
+    dm_lock(h);
     t->stop = true;
-    pthread_cond_signal(&t->work);
-    dm_unlock(t->h);
+    pthread_cond_signal(&h->work);
+    dm_unlock(h);
     pthread_join(t->supplier, NULL);
-    pthread_cond_destroy(&t->work);
 }
 
 static void serve(struct handler *t) {
@@ -346,7 +392,8 @@ static void *handler_main(void *arg) {
     int failed = !t ? ENOMEM : unshare(CLONE_FILES) < 0 ? errno : 0;
     if (!failed) {
         t->h = h;
-        t->link.fd = t->tid_fd = -1;
+        t->link = (struct dm_link){.fd = -1, .between = between, .between_arg = t};
+        t->tid_fd = -1;
         keep_descriptors(h);
         failed = start_supplier(t);
     }

@@ -69,7 +69,9 @@ struct dm_link { /* a request/response connection to the coordinator */
     int fd;
     uint64_t dev, ino; /* of fd: a descriptor that was closed and reused is noticed */
     uint64_t next_request;
-    uint64_t epoch; /* of the coordinator that answered HELLO; 0: never connected */
+    uint64_t epoch;          /* of the coordinator that answered HELLO; 0: never connected */
+    void (*between)(void *); /* called now and then while waiting for an answer; may be NULL */
+    void *between_arg;
 };
 
 struct dm_host {
@@ -126,6 +128,8 @@ struct dm_host {
     uint32_t ref_ring[DM_REF_RING]; /* entries taken lately, oldest at ref_ring_at */
     uint64_t nonce_key[2], nonce_counter;
     bool closed;
+    bool wants_balance;  /* more free frames than it should sit on: for the supplier */
+    pthread_cond_t work; /* the supplier waits for it */
 
     /* fault handler */
     pthread_t handler, watcher;

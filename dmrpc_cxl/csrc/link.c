@@ -23,17 +23,21 @@
 
 #include "host.h"
 
-static int wait_ready(int fd, short events, uint64_t deadline, struct dm_error *e) {
+static int wait_ready(const struct dm_link *l, short events, uint64_t deadline,
+                      struct dm_error *e) {
+    uint64_t slice_ms = l->between ? 10 : 1000;
     for (;;) {
         uint64_t now = dm_now_ns();
         if (now >= deadline)
             return dm_fail(e, DM_ERR_DEADLINE,
                            "the coordinator did not answer before the deadline");
-        struct pollfd p = {.fd = fd, .events = events};
+        struct pollfd p = {.fd = l->fd, .events = events};
         uint64_t ms = (deadline - now) / 1000000u + 1;
-        int n = poll(&p, 1, ms > 1000 ? 1000 : (int)ms);
+        int n = poll(&p, 1, (int)(ms > slice_ms ? slice_ms : ms));
         if (n > 0)
             return DM_OK;
+        if (l->between)
+            l->between(l->between_arg);
         if (n < 0 && errno != EINTR)
             return dm_fail_sys(e, "poll", 0);
     }
@@ -66,7 +70,7 @@ static int send_all(struct dm_link *l, const void *data, size_t length, int pass
         }
         ssize_t n = sendmsg(l->fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
-            int s = wait_ready(l->fd, POLLOUT, deadline, e);
+            int s = wait_ready(l, POLLOUT, deadline, e);
             if (s)
                 return s;
             continue;
@@ -86,7 +90,7 @@ static int receive_all(struct dm_link *l, void *data, size_t length, uint64_t de
     while (length) {
         ssize_t n = recv(l->fd, p, length, MSG_DONTWAIT);
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
-            int s = wait_ready(l->fd, POLLIN, deadline, e);
+            int s = wait_ready(l, POLLIN, deadline, e);
             if (s)
                 return s;
             continue;

@@ -215,8 +215,8 @@ int dm_ref_slot(struct dm_host *h, uint32_t *index, struct dm_error *e) {
         }
     }
     for (uint32_t i = 0; i < h->max_refs; i++) {
-        uint32_t at = h->ref_cursor + i < h->max_refs ? h->ref_cursor + i
-                                                      : h->ref_cursor + i - h->max_refs;
+        uint32_t at =
+            h->ref_cursor + i < h->max_refs ? h->ref_cursor + i : h->ref_cursor + i - h->max_refs;
         if (try_slot(h, at)) {
             *index = at;
             h->ref_cursor = at + 1 < h->max_refs ? at + 1 : 0;
@@ -225,10 +225,11 @@ int dm_ref_slot(struct dm_host *h, uint32_t *index, struct dm_error *e) {
             goto found;
         }
     }
-    return dm_fail(e, DM_ERR_NO_REF_SLOT,
-                   "all %u entries of the Ref table are in use; drop Refs, or create the fabric with "
-                   "more (max_refs)",
-                   h->max_refs);
+    return dm_fail(
+        e, DM_ERR_NO_REF_SLOT,
+        "all %u entries of the Ref table are in use; drop Refs, or create the fabric with "
+        "more (max_refs)",
+        h->max_refs);
 found:;
     struct dm_ref_entry *entry = &h->refs[*index];
     entry->nr_runs = 0;

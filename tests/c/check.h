@@ -68,10 +68,16 @@ struct rng rng_start(void);
 /* DM_TEST_SLOW=1: look everywhere instead of in a sample. */
 int check_slow(void);
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define CHECK_SANITIZED 1
+#ifdef __SANITIZE_THREAD__
+#define CHECK_TSAN 1
 #else
-#define CHECK_SANITIZED 0
+#define CHECK_TSAN 0
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#define CHECK_ASAN 1
+#else
+#define CHECK_ASAN 0
+#endif
+#define CHECK_SANITIZED (CHECK_TSAN || CHECK_ASAN)
 
 #endif

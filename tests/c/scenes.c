@@ -270,7 +270,7 @@ static int drop_ref(struct scene *s) { return dm_ref_drop(s->h, &s->ref, &err); 
 static int accept_ref(struct scene *s) { return dm_ref_accept(s->h, &s->ref, &err); }
 static int give_back(struct scene *s) { return dm_give_back(s->h, &s->h->link, 2, &err); }
 static int store(struct scene *s) { /* what the fault handler does for a store to the first page */
-    struct dm_stray none = {0, 0};
+    struct dm_stray none = {0};
     return dm_serve_fault(s->h, &none, dm_addr_of(s->h, s->h->vmas[s->id].page), 1);
 }
 

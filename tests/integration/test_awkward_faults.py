@@ -1,26 +1,18 @@
-"""Faults where they hurt: under the GIL, in ufuncs and system calls, in imports, collectors and signal handlers.
+"""Faults where they hurt: under the GIL, in ufuncs and system calls, in imports, collectors and signal handlers; many at once;
+and while the handler waits for frames.
 
-Each store below fills bytes that are shared with another host (or holes that have no frame yet). It has to return, its
-host must see exactly what it stored, and the other host must see nothing of it.
+What a store has to do is the same everywhere: return, change what its own host sees, and nothing of what the other host sees.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import gc
-import importlib.util
-import io
 import os
 import random
 import signal
-import socket
-import struct
-import sys
-import tempfile
 import threading
-import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +22,14 @@ import pytest
 from dmrpc_cxl.fabric import device as devices
 from tests.fabrics import At, Fabric, HostProcess, running
 from tests.standing import Standing, take_all_frames, until, wait_for_fault
+from tests.stores import MARK, STORES
 
 PAGE = 4096
 PAGES = 48
 SIZE = PAGES * PAGE
-MARK = 0xA5
 # What is stored to: not at page boundaries, so that both ends show whether anything else changed.
 FROM, TO = 3 * PAGE + 1000, SIZE - 2 * PAGE - 77
+SLOW = 30.0  # deadline of hosts whose coordinator is stopped for a while, s
 
 standing = Standing({}, {}, size=8 << 20)
 
@@ -54,271 +47,314 @@ def pair() -> Any:
         yield hosts
 
 
-# -------------------------------------------------------------------- ways to store
+def pattern(pages: int = PAGES) -> np.ndarray:
+    """Return bytes that differ from page to page and are nowhere MARK."""
+    return (np.arange(pages * PAGE) // 64 % 150).astype("u1")
 
 
-def data(view: memoryview) -> bytes:
-    return bytes([MARK]) * len(view)
+def make(at: At, pages: int = PAGES) -> bytes:
+    at.buffer = at.host.ralloc(pages * PAGE)
+    at.buffer.numpy()[:] = pattern(pages)
+    return at.host.create_ref(at.buffer).to_bytes()
 
 
-def by_slice(view: memoryview) -> None:
-    view[:] = data(view)
+def map_it(at: At, wire: bytes) -> None:
+    at.buffer = at.host.map_ref(wire)
 
 
-def by_item(view: memoryview) -> None:
-    for i in range(len(view)):
-        view[i] = MARK
+def make_holes(at: At) -> None:
+    at.buffer = at.host.ralloc(SIZE, lazy=True)
 
 
-def by_pack_into(view: memoryview) -> None:
-    struct.pack_into(f"{len(view)}s", view, 0, data(view))
+def store(at: At, way: Callable[[memoryview], None]) -> None:
+    way(memoryview(at.buffer)[FROM:TO])
 
 
-def by_memset_without_the_gil(view: memoryview) -> None:
-    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), MARK, len(view))
+def contents(at: At) -> bytes:
+    return bytes(at.buffer)
 
 
-def by_ufunc(view: memoryview) -> None:
-    out = np.frombuffer(view, "u1")
-    np.add(np.zeros(len(view), "u1"), np.uint8(MARK), out=out)
+def faults(at: At) -> int:
+    stats = at.host.stats()
+    return int(stats["wp_faults"] + stats["missing_faults"])
 
 
-def by_masked_ufunc(view: memoryview) -> None:
-    out = np.frombuffer(view, "u1")
-    odd = np.arange(len(view)) % 2 == 1
-    np.bitwise_or(np.zeros(1, "u1"), np.uint8(MARK), out=out, where=odd)
-    np.bitwise_or(np.zeros(1, "u1"), np.uint8(MARK), out=out, where=~odd)
+@pytest.mark.parametrize("kind", ["mapper", "creator", "holes"])
+@pytest.mark.parametrize("way", STORES, ids=lambda way: way.__name__)
+def test_a_store_works_wherever_it_is_made_and_only_its_own_host_sees_it(
+    pair: list[HostProcess], way: Callable[[memoryview], None], kind: str
+) -> None:
+    storing, other = pair
+    before = np.zeros(SIZE, "u1") if kind == "holes" else pattern()
+    if kind == "holes":
+        storing.call(make_holes)
+    elif kind == "mapper":
+        storing.call(map_it, other.call(make))
+    else:
+        other.call(map_it, storing.call(make))
+    nr_faults = storing.call(faults)
+    storing.call(store, way)
+    assert storing.call(faults) > nr_faults, "nothing faulted: nothing was tested"
+    expected = before.copy()
+    expected[FROM:TO] = MARK
+    assert storing.call(contents) == expected.tobytes()
+    if kind != "holes":
+        assert other.call(contents) == before.tobytes()
 
 
-def by_ufunc_that_calls_python(view: memoryview) -> None:
-    out = np.frombuffer(view, "u1")
-    np.copyto(out, np.frompyfunc(lambda _: MARK, 1, 1)(np.arange(len(view))).astype("u1"))
-    np.frompyfunc(lambda i: view.__setitem__(i, MARK), 1, 1)(np.arange(0, len(view), 999))
+# -------------------------------------------------------------------- many threads
 
 
-def by_sort(view: memoryview) -> None:
-    out = np.frombuffer(view, "u1")
-    np.maximum(out, MARK, out=out)
-    np.minimum(out, MARK, out=out)
-    out.sort()
+def store_in_threads(at: At, same: bool, seed: int) -> bool:
+    """Let 8 threads store at once, to pages of their own or all to the same ones; say whether all is there."""
+    order = np.random.default_rng(seed).permutation(PAGES).tolist()
+    barrier = threading.Barrier(8)
+    start = at.buffer.address
+    expected = np.frombuffer(bytes(at.buffer), "u1").reshape(PAGES, 8, PAGE // 8).copy()
 
+    def one(i: int) -> None:
+        barrier.wait()
+        for page in order if same else order[i::8]:
+            # memset runs without the GIL: the others come to their faults while this one sleeps
+            ctypes.memset(start + page * PAGE + i * PAGE // 8, 200 + i, PAGE // 8)
 
-def by_recv_into(view: memoryview) -> None:
-    one, two = socket.socketpair()
-    with one, two:
-        done = 0
-        while done < len(view):
-            part = view[done : done + 32768]
-            one.sendall(data(part))
-            assert two.recv_into(part, 0, socket.MSG_WAITALL) == len(part)
-            done += len(part)
-
-
-def by_recvmsg_into_over_tcp(view: memoryview) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        one = socket.create_connection(server.getsockname())
-        two, _ = server.accept()
-        with one, two:
-            sender = threading.Thread(target=one.sendall, args=(data(view),))
-            sender.start()
-            done = 0
-            while done < len(view):
-                middle = (done + len(view)) // 2
-                done += two.recvmsg_into([view[done:middle], view[middle:]])[0]
-            sender.join()
-
-
-def by_readinto(view: memoryview) -> None:
-    with tempfile.TemporaryFile(buffering=0) as file:
-        file.write(data(view))
-        file.seek(0)
-        assert file.readinto(view) == len(view)
-
-
-def by_buffered_readinto(view: memoryview) -> None:
-    with tempfile.TemporaryFile() as file:
-        file.write(data(view))
-        file.seek(0)
-        assert file.readinto(view) == len(view)
-
-
-def by_bytesio_readinto(view: memoryview) -> None:
-    assert io.BytesIO(data(view)).readinto(view) == len(view)
-
-
-def by_readv_of_a_pipe(view: memoryview) -> None:
-    read, write = os.pipe()
-    done = 0
-    while done < len(view):
-        part = view[done : done + 40000]
-        os.write(write, data(part))
-        cut = len(part) // 3
-        assert os.readv(read, [part[:cut], part[cut:]]) == len(part)
-        done += len(part)
-    os.close(read)
-    os.close(write)
-
-
-def by_preadv(view: memoryview) -> None:
-    with tempfile.TemporaryFile() as file:
-        os.pwrite(file.fileno(), data(view), 0)
-        cut = len(view) // 2
-        assert os.preadv(file.fileno(), [view[:cut], view[cut:]], 0) == len(view)
-
-
-class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-def by_process_vm_writev(view: memoryview) -> None:
-    """The kernel stores through the page tables of another process, which is this one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    source = ctypes.create_string_buffer(data(view), len(view))
-    target = ctypes.addressof(ctypes.c_char.from_buffer(view))
-    ours = _Vector(ctypes.addressof(source), len(view))
-    theirs = _Vector(target, len(view))
-    done = libc.process_vm_writev(os.getpid(), ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
-    assert done == len(view), os.strerror(ctypes.get_errno())
-
-
-def in_a_thread(view: memoryview) -> None:
-    thread = threading.Thread(target=by_slice, args=(view,))
-    thread.start()
-    thread.join()
-
-
-def in_a_thread_bound_to_each_cpu(view: memoryview) -> None:
-    cpus = sorted(os.sched_getaffinity(0))
-
-    def store(i: int) -> None:
-        os.sched_setaffinity(0, {cpus[i]})  # of this thread
-        by_slice(view[i * len(view) // len(cpus) : (i + 1) * len(view) // len(cpus)])
-
-    for i in range(len(cpus)):
-        thread = threading.Thread(target=store, args=(i,))
-        thread.start()
-        thread.join()
-
-
-def while_other_threads_want_the_gil(view: memoryview) -> None:
-    stop = threading.Event()
-
-    def spin() -> None:
-        while not stop.is_set():
-            sum(range(100))
-
-    threads = [threading.Thread(target=spin) for _ in range(4)]
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
-    by_slice(view)
-    stop.set()
     for thread in threads:
         thread.join()
+    for i in range(8):
+        expected[order if same else order[i::8], i] = 200 + i
+    return bytes(at.buffer) == expected.tobytes()
 
 
-def in_an_import(view: memoryview) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stores_when_imported.py"
-        path.write_text(f"import sys\nsys.watched[:] = bytes([{MARK}]) * len(sys.watched)\n")
-        sys.watched = view  # type: ignore[attr-defined]
-        sys.path.insert(0, folder)
-        try:
-            importlib.invalidate_caches()
-            importlib.import_module("stores_when_imported")
-        finally:
-            sys.path.remove(folder)
-            sys.modules.pop("stores_when_imported", None)
-            del sys.watched  # type: ignore[attr-defined]
+@pytest.mark.parametrize("same", [True, False], ids=["the same pages", "pages of their own"])
+def test_eight_threads_that_fault_at_once_all_get_on(pair: list[HostProcess], same: bool) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    storing, other = pair
+    for turn in range(20):
+        storing.call(map_it, other.call(make))
+        assert storing.call(store_in_threads, same, seed + turn)
+        assert other.call(contents) == pattern().tobytes()
 
 
-def in_the_garbage_collector(view: memoryview) -> None:
-    class Stores:
-        def __init__(self) -> None:
-            self.itself = self  # only the collector can free it
-
-        def __del__(self) -> None:
-            by_slice(view)
-
-    Stores()
-    gc.collect()
+# -------------------------------------------------------------------- no free frame, and a slow coordinator
 
 
-def in_a_weakref_callback(view: memoryview) -> None:
-    class Thing:
-        pass
+@contextlib.contextmanager
+def small(nr_frames: int = 64, **options: Any) -> Iterator[tuple[Fabric, HostProcess]]:
+    """A host on a small device that gets frames one at a time."""
+    args = ("--batch", "1", "--batch-max", "1", "--low", "0", "--log-level", "warning")
+    with running(size=nr_frames * PAGE, coordinator=args) as fabric:
+        options = {"copy_around": 1, "deadline": SLOW, "batch": 1, **options}
+        yield fabric, fabric.host(**options)
 
-    thing = Thing()
-    watch = weakref.ref(thing, lambda _: by_slice(view))
-    del thing
-    assert watch() is None
+
+def use_up_free_frames(at: At) -> None:
+    """Leave no free frame at the host, while the pool has plenty."""
+    at.rest = []
+    while at.host.stats()["free_frames"]:
+        at.rest.append(at.host.ralloc(PAGE))
 
 
-def in_a_signal_handler(view: memoryview) -> None:
-    before = signal.signal(signal.SIGUSR1, lambda *_: by_slice(view))
+def counter(fabric: Fabric, host: HostProcess, name: str) -> int:
+    with devices.open(fabric.name) as opened:
+        return int(opened.host(host.id)["counters"][name])
+
+
+def switches(pid: int) -> int:
+    """Return how often the main thread of a process went to sleep."""
+    status = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+    return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+
+@contextlib.contextmanager
+def stopped(fabric: Fabric) -> Iterator[None]:
+    """Keep the coordinator from running for a while."""
+    fabric.coordinator.send_signal(signal.SIGSTOP)
     try:
-        signal.raise_signal(signal.SIGUSR1)
+        yield
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        fabric.coordinator.send_signal(signal.SIGCONT)
 
 
-def under_a_hail_of_signals(view: memoryview) -> None:
-    hits = []
-    before = signal.signal(signal.SIGALRM, lambda *_: hits.append(view.__setitem__(0, MARK)))
-    signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+def store_under_signals(at: At, way: Callable[[memoryview], None]) -> int:
+    """Store while a timer interrupts this thread all the time; return how many signals were handled."""
+    hits: list[int] = []
+    signal.signal(signal.SIGALRM, lambda *_: hits.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
-        for start in range(0, len(view), 300):
-            by_slice(view[start : start + 300])
-        while not hits:  # however fast the machine is: at least one
-            by_slice(view)
+        store(at, way)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    return len(hits)
 
 
-def in_a_trace_function(view: memoryview) -> None:
-    def trace(*_: Any) -> None:
-        by_slice(view)
-
-    sys.settrace(trace)
-    try:
-        (lambda: None)()
-    finally:
-        sys.settrace(None)
+WAYS = [way for way in STORES if way.__name__ in ("by_slice", "by_ufunc", "by_recv_into")]
 
 
-def in_a_comparison_while_a_list_is_sorted(view: memoryview) -> None:
-    def key(i: int) -> int:
-        view[i] = MARK
-        return -i
+@pytest.mark.parametrize("signals", [False, True], ids=["quiet", "interrupted"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_fault_without_a_free_frame_waits_for_a_slow_coordinator(
+    way: Callable[[memoryview], None], signals: bool
+) -> None:
+    with small(160) as (fabric, host):
+        other = fabric.host()
+        host.call(map_it, other.call(make))
+        host.call(use_up_free_frames)
+        before = counter(fabric, host, "wp_faults")
+        with stopped(fabric):
+            slept = switches(host.pid)
+            host.start(store_under_signals if signals else store, way)
+            until(lambda: counter(fabric, host, "wp_faults") > before)
+            if signals:
+                until(lambda: switches(host.pid) > slept + 20)
+            assert not host.connection.poll(), "it did not wait"
+        host.result()
+        expected = pattern()
+        expected[FROM:TO] = MARK
+        assert host.call(contents) == expected.tobytes()
+        assert other.call(contents) == pattern().tobytes()
 
-    list(range(len(view))).sort(key=key)
+
+def start_store(address: int, length: int = 8) -> threading.Thread:
+    """Store in a thread, without the GIL; return when it sleeps in its fault."""
+    thread = threading.Thread(target=ctypes.memset, args=(address, MARK, length), daemon=True)
+    thread.start()
+    assert thread.native_id is not None
+    wait_for_fault(thread.native_id)
+    return thread
 
 
-STORES: list[Callable[[memoryview], None]] = [
-    by_slice,
-    by_item,
-    by_pack_into,
-    by_memset_without_the_gil,
-    by_ufunc,
-    by_masked_ufunc,
-    by_ufunc_that_calls_python,
-    by_sort,
-    by_recv_into,
-    by_recvmsg_into_over_tcp,
-    by_readinto,
-    by_buffered_readinto,
-    by_bytesio_readinto,
-    by_readv_of_a_pipe,
-    by_preadv,
-    by_process_vm_writev,
-    in_a_thread,
-    in_a_thread_bound_to_each_cpu,
-    while_other_threads_want_the_gil,
-    in_an_import,
-    in_the_garbage_collector,
-    in_a_weakref_callback,
-    in_a_signal_handler,
-    under_a_hail_of_signals,
-    in_a_trace_function,
-    in_a_comparison_while_a_list_is_sorted,
-]
+def make_for_the_busy_handler(at: At) -> None:
+    host = at.host
+    at.short, at.kept = host.ralloc(PAGE), host.ralloc(PAGE)
+    at.ref = host.create_ref(at.short)  # a store to `short` needs a frame
+    at.kept_ref = host.create_ref(at.kept)
+    at.sole = host.ralloc(PAGE)  # protected, and nobody else's: a store needs none
+    host.create_ref(at.sole).drop()
+    at.plain = host.ralloc(4 * PAGE)
+    at.promised = host.map_ref(at.kept_ref.clone(), reserve=True)  # has a frame set aside
+    use_up_free_frames_but_reserved(at)
+
+
+def use_up_free_frames_but_reserved(at: At) -> None:
+    at.rest = []
+    while at.host.stats()["free_frames"] > at.host.stats()["reserved_frames"]:
+        at.rest.append(at.host.ralloc(PAGE))
+
+
+def plain_stores(at: At) -> None:
+    at.plain.numpy()[:] = 1
+
+
+def loads_of_shared_pages(at: At) -> None:
+    assert bytes(at.kept) == bytes(PAGE)
+
+
+def a_store_that_makes_its_page_writable(at: At) -> None:
+    at.sole.numpy()[:8] = 1
+
+
+def a_store_with_a_frame_reserved(at: At) -> None:
+    at.promised.numpy()[:8] = 1
+
+
+def calls_that_need_no_frame(at: At) -> None:
+    ref = at.host.create_ref(at.plain)
+    at.host.map_ref(ref.clone()).free()
+    ref.drop()
+
+
+def do_while_waiting(at: At, what: Callable[[At], None]) -> bool:
+    """Do something while the handler waits for a frame for a thread; say whether that thread still waited after it."""
+    at.waiting = start_store(at.short.address)
+    doing = threading.Thread(target=what, args=(at,), daemon=True)
+    doing.start()
+    doing.join(SLOW / 3)  # the handler gives up only after SLOW
+    assert not doing.is_alive(), f"{what.__name__} waits for a frame that it does not need"
+    return bool(at.waiting.is_alive())
+
+
+def end_waiting(at: At) -> bool:
+    at.waiting.join()
+    return bytes(at.short)[:8] == bytes([MARK] * 8)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        plain_stores,
+        loads_of_shared_pages,
+        a_store_that_makes_its_page_writable,
+        a_store_with_a_frame_reserved,
+        calls_that_need_no_frame,
+    ],
+    ids=lambda what: what.__name__,
+)
+def test_a_handler_that_waits_for_a_frame_does_not_hold_up_who_needs_none(
+    what: Callable[[At], None],
+) -> None:
+    with small() as (fabric, host):
+        host.call(make_for_the_busy_handler)
+        with stopped(fabric):
+            assert host.call(do_while_waiting, what), "the thread did not wait: nothing was tested"
+        assert host.call(end_waiting)
+
+
+def free_while_waiting(at: At) -> bool:
+    waiting = start_store(at.short.address)
+    for buffer in at.rest:
+        buffer.free()
+    at.rest.clear()
+    waiting.join()
+    return bytes(at.short)[:8] == bytes([MARK] * 8)
+
+
+def test_a_frame_freed_in_the_process_serves_a_fault_though_the_coordinator_is_silent() -> None:
+    with small(deadline=3.0) as (fabric, host):
+        host.call(make_for_the_busy_handler)
+        with stopped(fabric):
+            assert host.call(free_while_waiting)
+
+
+def free_what_was_served(at: At) -> None:
+    """Have events of two threads on page `a` read together with one on page `b`, for which there is no frame."""
+    host = at.host
+    first, a, b = (host.ralloc(PAGE) for _ in range(3))
+    refs = [host.create_ref(buffer) for buffer in (first, a, b)]
+    take_all_frames(at)
+    one = start_store(first.address)  # the handler waits with this event alone
+    two, three, four = start_store(a.address), start_store(b.address), start_store(a.address)
+    at.rest.pop().free()  # for `first`
+    at.rest.pop().free()  # for `a`
+    for thread in (one, two, four):
+        thread.join()
+    a.free()  # its threads are done. The frame of its copy serves `b`.
+    three.join()
+    at.rest.clear()
+    del first, b, refs
+
+
+def test_a_buffer_may_be_freed_while_an_event_of_a_served_fault_is_still_unread() -> None:
+    with small() as (_, host):
+        host.call(free_what_was_served)
+        assert host.call(contents_of_ralloc) == bytes(PAGE)
+
+
+def contents_of_ralloc(at: At) -> bytes:
+    return bytes(at.host.ralloc(PAGE))
+
+
+def test_the_tests_of_waiting_can_tell_a_thread_that_sleeps_in_a_fault() -> None:
+    """Whatever `wait_for_fault` does: a thread that sleeps elsewhere is not taken for one in a fault."""
+    lock = threading.Lock()
+    with lock:
+        thread = threading.Thread(target=lock.acquire, daemon=True)
+        thread.start()
+        syscall = Path(f"/proc/self/task/{thread.native_id}/syscall")
+        text = until(lambda: (t := syscall.read_text()).strip() != "running" and t)
+        assert not text.startswith("-1 ")
+        assert os.path.exists(f"/proc/self/task/{thread.native_id}")
+    thread.join()
