@@ -70,6 +70,10 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e);
 int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
                  struct dm_ref_wire *out, struct dm_error *e);
 int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error *e);
+/* Relaxed, for others may be looking whether stale bytes fit; see dm_ref_check. */
+static inline void dm_ref_set_length(struct dm_ref_entry *entry, uint64_t length) {
+    __atomic_store_n(&entry->length, length, __ATOMIC_RELAXED);
+}
 int dm_ref_slot(struct dm_host *h, uint32_t *index, struct dm_error *e);
 void dm_ref_slot_undo(struct dm_host *h, uint32_t index);
 int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *runs,

@@ -103,18 +103,6 @@ static uint32_t wire_checksum(const struct dm_ref_wire *w) {
     return (uint32_t)(hash ^ hash >> 32);
 }
 
-static void wire_fill(const struct dm_host *h, uint32_t index, uint32_t gen,
-                      struct dm_ref_wire *w) {
-    const struct dm_ref_entry *entry = &h->refs[index];
-    *w = (struct dm_ref_wire){.magic = DM_REF_MAGIC,
-                              .entry = index,
-                              .generation = gen,
-                              .fabric_id = h->fabric_id,
-                              .nonce = entry->nonce,
-                              .length = entry->length};
-    w->check = wire_checksum(w);
-}
-
 int dm_ref_wire_check(const struct dm_ref_wire *w, uint64_t fabric_id, struct dm_error *e) {
     if (w->magic != DM_REF_MAGIC || w->reserved != 0 || w->check != wire_checksum(w))
         return dm_fail(e, DM_ERR_BAD_REF, "these bytes are not a Ref, or were damaged on the way");
@@ -123,6 +111,11 @@ int dm_ref_wire_check(const struct dm_ref_wire *w, uint64_t fabric_id, struct dm
                        "a Ref of another fabric (%016llx, this host is on %016llx)",
                        (unsigned long long)w->fabric_id, (unsigned long long)fabric_id);
     return DM_OK;
+}
+
+static int consumed(struct dm_error *e) {
+    return dm_fail(e, DM_ERR_REF_CONSUMED,
+                   "this Ref was mapped, dropped, or accepted by another holder before");
 }
 
 /* Find the live entry that w names. *word is the state to compare-and-swap from. */
@@ -136,15 +129,20 @@ int dm_ref_check(struct dm_host *h, const struct dm_ref_wire *w, uint32_t *index
     const struct dm_ref_entry *entry = &h->refs[w->entry];
     *word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
     if (dm_ref_gen(*word) != w->generation)
-        return dm_fail(e, DM_ERR_REF_CONSUMED,
-                       "this Ref was mapped, dropped, or accepted by another holder before");
-    if (entry->nonce != w->nonce)
-        return dm_fail(e, DM_ERR_BAD_REF, "a forged Ref: its nonce is wrong");
+        return consumed(e);
+    bool fits = __atomic_load_n(&entry->nonce, __ATOMIC_RELAXED) == w->nonce &&
+                __atomic_load_n(&entry->length, __ATOMIC_RELAXED) == w->length;
+    if (!fits) {
+        /* As in a seqlock: the entry may have been used up and filled in anew since its state was read. */
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&entry->state, __ATOMIC_RELAXED) != *word)
+            return consumed(e);
+        return dm_fail(e, DM_ERR_BAD_REF, "a forged Ref: its nonce or length is wrong");
+    }
     if (dm_ref_state(*word) == DM_REF_CLONING)
         return DM_REF_BUSY;
     if (dm_ref_state(*word) != DM_REF_LIVE)
-        return dm_fail(e, DM_ERR_REF_CONSUMED,
-                       "this Ref was mapped, dropped, or accepted by another holder before");
+        return consumed(e);
     *index = w->entry;
     return DM_OK;
 }
@@ -293,8 +291,15 @@ int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *ru
 void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_ref_wire *out) {
     struct dm_ref_entry *entry = &h->refs[index];
     uint32_t gen = dm_ref_gen(__atomic_load_n(&entry->state, __ATOMIC_RELAXED));
-    entry->nonce = next_nonce(h);
-    wire_fill(h, index, gen, out);
+    *out = (struct dm_ref_wire){.magic = DM_REF_MAGIC,
+                                .entry = index,
+                                .generation = gen,
+                                .fabric_id = h->fabric_id,
+                                .nonce = next_nonce(h),
+                                .length = entry->length};
+    out->check = wire_checksum(out);
+    /* Relaxed: who reads it before the state below does not fit it, see dm_ref_check. */
+    __atomic_store_n(&entry->nonce, out->nonce, __ATOMIC_RELAXED);
     __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_LIVE, flags, h->id, gen), __ATOMIC_RELEASE);
 }
 
@@ -315,7 +320,8 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e) 
         return dm_ref_state(word) == DM_REF_CLONING
                    ? DM_REF_BUSY
                    : dm_fail(e, DM_ERR_REF_CONSUMED, "another holder took this Ref at this moment");
-    wire_fill(h, index, dm_ref_gen(mine), w);
+    w->generation = dm_ref_gen(mine);
+    w->check = wire_checksum(w);
     DM_COUNT(h, accept_calls, 1);
     return DM_OK;
 }
@@ -409,7 +415,7 @@ int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
         s = dm_ref_store_runs(h, copy, runs.list, runs.nr, may_block, e);
         if (!s) {
             struct dm_ref_entry *to = &h->refs[copy];
-            to->length = from->length;
+            dm_ref_set_length(to, from->length);
             to->page_offset = from->page_offset;
             to->nr_pages = from->nr_pages;
             struct dm_intent *in = dm_intent_begin(h, DM_INTENT_CLONE, 0, from->nr_pages, 0, copy,

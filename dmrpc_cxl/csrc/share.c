@@ -117,7 +117,7 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
         return s;
     }
     struct dm_ref_entry *entry = &h->refs[index];
-    entry->length = size;
+    dm_ref_set_length(entry, size);
     entry->page_offset = (uint32_t)(addr & (((uint64_t)1 << h->page_shift) - 1));
     entry->nr_pages = nr;
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_SHARE, page, nr, 0, index,
@@ -162,7 +162,7 @@ int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wi
         flags = DM_REF_EXCLUSIVE;
     dm_runs_free(&runs);
     struct dm_ref_entry *entry = &h->refs[index];
-    entry->length = v->length;
+    dm_ref_set_length(entry, v->length);
     entry->page_offset = v->page_offset;
     entry->nr_pages = nr;
     DM_COUNT(h, bytes_referenced, v->length);
