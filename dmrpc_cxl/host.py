@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import os
@@ -47,6 +48,36 @@ class Host(_native.Host):
         target = self._array(source.shape, source.dtype, zero=False)
         target[...] = source
         return target
+
+    def publish(self, name: str, endpoint: Any) -> None:
+        """Publish a service of this host under a name, until withdrawn or until this host leaves or dies.
+
+        Args:
+            name: not empty; unique in the fabric.
+            endpoint: what others need to reach the service: any JSON value but null, at most 4096 bytes.
+
+        Raises:
+            ServiceExists: a live host has published that name.
+        """
+        self._ask("PUBLISH", {"name": name, "endpoint": endpoint})
+
+    def withdraw(self, name: str) -> None:
+        """Take back a service that this host published; raise ServiceNotFound if there is none."""
+        self._ask("WITHDRAW", {"name": name})
+
+    def lookup(self, name: str) -> dict[str, Any]:
+        """Return ``{"name", "endpoint", "host"}`` of a service; raise ServiceNotFound if there is none."""
+        return self._ask("LOOKUP", {"name": name})
+
+    def services(self, prefix: str = "") -> list[dict[str, Any]]:
+        """List the published services whose names begin with prefix."""
+        found: list[dict[str, Any]] = self._ask("LIST", {"prefix": prefix})["services"]
+        return found
+
+    def _ask(self, kind: str, question: dict[str, Any]) -> dict[str, Any]:
+        payload = json.dumps(question).encode()
+        answer: dict[str, Any] = json.loads(self.request(_native.WIRE["types"][kind], payload))
+        return answer
 
     def _array(
         self, shape: int | tuple[int, ...], dtype: np.dtype[Any], *, zero: bool
@@ -108,8 +139,8 @@ def attach(
     """
     if transport not in ("unix", "tcp"):
         raise ValueError(f"transport: 'unix' or 'tcp', not {transport!r}")
-    if not fabric or "/" in fabric or fabric.startswith("."):
-        raise ValueError(f"not a fabric name: {fabric!r}")
+    if not fabric or "/" in fabric or fabric.startswith(".") or len(fabric.encode()) > 63:
+        raise ValueError(f"not a fabric name: {fabric!r} (1 to 63 bytes, no '/', no leading '.')")
     path = f"{_DEVICE_FOLDER}/{fabric}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

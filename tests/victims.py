@@ -26,9 +26,9 @@ class Scene:
         self.keeper = keeper
         self.victim = victim
 
-    def share(self, pages: int = PAGES) -> None:
-        """Let the victim map what the keeper has."""
-        self.victim.call(map_it, self.keeper.call(make, pages))
+    def share(self, pages: int = PAGES, *, reserve: bool = False) -> None:
+        """Let the victim map what the keeper has; with reserve its stores need no coordinator."""
+        self.victim.call(map_it, self.keeper.call(make, pages), reserve)
 
     def copied(self) -> int:
         """Return how many pages the victim has copied, without asking it."""
@@ -83,8 +83,8 @@ def drop_refs(at: At) -> None:
         ref.drop()
 
 
-def map_it(at: At, wire: bytes) -> None:
-    at.buffer = at.host.map_ref(wire)
+def map_it(at: At, wire: bytes, reserve: bool = False) -> None:
+    at.buffer = at.host.map_ref(wire, reserve=reserve)
 
 
 def changed(at: At) -> list[int]:

@@ -14,8 +14,9 @@
 #include "fault.h"
 
 #define PAGE BY_HAND_PAGE
-#define OTHERS_FRAMES 24u /* frames [0, 24) are other's: it holds frame 0, a number that looks like nothing */
-#define GRANTED 84u       /* frames [24, 84) are h's, the rest is the pool's */
+#define OTHERS_FRAMES                                                                              \
+    24u /* frames [0, 24) are other's: it holds frame 0, a number that looks like nothing */
+#define GRANTED 84u /* frames [24, 84) are h's, the rest is the pool's */
 
 static struct dm_error err;
 
@@ -212,6 +213,37 @@ static void crowded_ref(struct scene *s) {
     crowd(s, s->h->refs[s->ref.entry].runs[5].pfn);
 }
 
+static void no_frame_left(struct dm_host *h) {
+    for (uint32_t pfn; h->free.nr_free;)
+        EXPECT(dm_freelist_take_upto(&h->free, h->free.nr_free, &pfn));
+}
+
+static void ref_of_other_and_no_slot(struct scene *s) {
+    ref_of_other(s);
+    s->h->vma_free = DM_NO_VMA;
+    s->h->nr_vma_slots = s->h->nr_vmas + 1;
+}
+
+static void ref_of_other_and_no_frame(struct scene *s) {
+    ref_of_other(s);
+    no_frame_left(s->h);
+}
+
+static void scattered_buffer_and_no_frame(struct scene *s) {
+    own_scattered_buffer(s);
+    no_frame_left(s->h);
+}
+
+static void scattered_ref_and_no_frame(struct scene *s) {
+    own_scattered_ref(s);
+    no_frame_left(s->h);
+}
+
+static void buffer_of_a_strict_host(struct scene *s) {
+    own_buffer(s);
+    s->h->strict = true;
+}
+
 static void lazy_buffer(struct scene *s) {
     EXPECT_OK(dm_ralloc(s->h, 5 * PAGE, DM_ALLOC_LAZY, true, &s->id, &err), &err);
 }
@@ -257,15 +289,14 @@ static int create_ref_of_all(struct scene *s) {
     return dm_create_ref(s->h, dm_addr_of(s->h, v->page), v->length, true, &s->out, &err);
 }
 static int move_ref(struct scene *s) { return dm_move_ref(s->h, s->id, true, &s->out, &err); }
-static int map_ref(struct scene *s) {
-    return dm_map_ref(s->h, &s->ref, 0, true, &s->id, &err);
+static int map_ref(struct scene *s) { return dm_map_ref(s->h, &s->ref, 0, true, &s->id, &err); }
+static int map_ref_reserve(struct scene *s) {
+    return dm_map_ref(s->h, &s->ref, DM_MAP_RESERVE, true, &s->id, &err);
 }
 static int map_ref_copy(struct scene *s) {
     return dm_map_ref(s->h, &s->ref, DM_MAP_COPY, true, &s->id, &err);
 }
-static int clone_ref(struct scene *s) {
-    return dm_ref_clone(s->h, &s->ref, true, &s->out, &err);
-}
+static int clone_ref(struct scene *s) { return dm_ref_clone(s->h, &s->ref, true, &s->out, &err); }
 static int drop_ref(struct scene *s) { return dm_ref_drop(s->h, &s->ref, &err); }
 static int accept_ref(struct scene *s) { return dm_ref_accept(s->h, &s->ref, &err); }
 static int give_back(struct scene *s) { return dm_give_back(s->h, &s->h->link, 2, &err); }
@@ -289,29 +320,38 @@ const struct scenario scenarios[] = {
     {"rfree, scattered", 0, 0, own_scattered_buffer, rfree, NULL},
     {"create_ref", SCENE_UFFD, 0, own_buffer, create_ref, NULL},
     {"create_ref, overflow", SCENE_UFFD | SCENE_DATA, 0, own_scattered_buffer, create_ref, NULL},
-    {"create_ref, refused", SCENE_UFFD, DM_ERR_TOO_MANY_REFS, crowded_buffer, create_ref_of_all, NULL},
+    {"create_ref, refused", SCENE_UFFD, DM_ERR_TOO_MANY_REFS, crowded_buffer, create_ref_of_all,
+     NULL},
+    {"create_ref, no frame", 0, DM_ERR_COORDINATOR_LOST, scattered_buffer_and_no_frame, create_ref,
+     NULL},
     {"create_ref(move)", 0, 0, own_buffer, move_ref, NULL},
     {"create_ref(move), shared", 0, 0, shared_mapping, move_ref, NULL},
     {"create_ref(move), overflow", SCENE_DATA, 0, own_scattered_buffer, move_ref, NULL},
+    {"create_ref(move), strict", SCENE_UFFD, 0, buffer_of_a_strict_host, move_ref, NULL},
     {"map_ref, exclusive", 0, 0, own_ref, map_ref, NULL},
     {"map_ref, exclusive, of another holder", 0, 0, ref_of_other, map_ref, NULL},
     {"map_ref, shared", 0, 0, shared_ref, map_ref, NULL},
     {"map_ref, overflow", SCENE_DATA, 0, own_scattered_ref, map_ref, NULL},
     {"map_ref, overflow, shared", SCENE_UFFD | SCENE_DATA, 0, shared_scattered_ref, map_ref, NULL},
     {"map_ref, mapped twice", SCENE_UFFD, 0, ref_and_a_mapping_of_the_same, map_ref, NULL},
+    {"map_ref, refused", 0, DM_ERR_NO_ADDRESS_SPACE, ref_of_other_and_no_slot, map_ref, NULL},
+    {"map_ref(reserve)", 0, 0, shared_ref, map_ref_reserve, NULL},
     {"map_ref(copy)", 0, 0, shared_ref, map_ref_copy, NULL},
     {"map_ref(copy), overflow", 0, 0, shared_scattered_ref, map_ref_copy, NULL},
+    {"map_ref(copy), no frame", 0, DM_ERR_COORDINATOR_LOST, ref_of_other_and_no_frame, map_ref_copy,
+     NULL},
     {"accept", 0, 0, ref_of_other, accept_ref, NULL},
     {"clone", 0, 0, own_ref, clone_ref, NULL},
     {"clone, of another holder", 0, 0, ref_of_other, clone_ref, NULL},
     {"clone, overflow", SCENE_DATA, 0, own_scattered_ref, clone_ref, NULL},
-    {"clone, two overflow frames", 0, 0, long_ref, clone_ref, NULL},
+    {"clone, two overflow frames", SCENE_LONG, 0, long_ref, clone_ref, NULL},
     {"clone, refused", SCENE_DATA, DM_ERR_TOO_MANY_REFS, crowded_ref, clone_ref, NULL},
+    {"clone, no frame", 0, DM_ERR_COORDINATOR_LOST, scattered_ref_and_no_frame, clone_ref, NULL},
     {"drop", 0, 0, own_ref, drop_ref, NULL},
     {"drop, shared", 0, 0, shared_ref, drop_ref, NULL},
     {"drop, overflow", SCENE_DATA, 0, own_scattered_ref, drop_ref, NULL},
     {"drop, overflow, shared", SCENE_DATA, 0, shared_scattered_ref, drop_ref, NULL},
-    {"drop, two overflow frames", 0, 0, long_ref, drop_ref, NULL},
+    {"drop, two overflow frames", SCENE_LONG, 0, long_ref, drop_ref, NULL},
     {"copy-on-write", 0, 0, shared_mapping, store, NULL},
     {"copy-on-write, several pages", 0, 0, shared_mapping_written_in_order, store, NULL},
     {"copy-on-write, last holder", 0, 0, mapping_soon_shared_by_nobody, store, other_lets_go},

@@ -16,16 +16,17 @@
 
 #define SCENE_UFFD 1u /* needs userfaultfd */
 #define SCENE_DATA 2u /* stores to frames matter, too: overflow frames are written */
+#define SCENE_LONG 4u /* hundreds of stores */
 
 struct scene {
     struct dm_device *dev;
     struct dm_host *h, *other;
     struct dm_ref_wire ref, out; /* the Ref that the operation is about, the Ref that it makes */
     uint32_t id;                 /* the mapping that it is about, or makes */
-    struct dm_ref_wire others;   /* a Ref of other's to the same frames, which goes in meanwhile() */
-    uint32_t handed;             /* entry of a Ref that other does not keep, DM_NO_FRAME: none */
-    uint32_t crowded;            /* a frame whose refcount was raised by hand, DM_NO_FRAME: none */
-    uint32_t crowd;              /* by so much */
+    struct dm_ref_wire others; /* a Ref of other's to the same frames, which goes in meanwhile() */
+    uint32_t handed;           /* entry of a Ref that other does not keep, DM_NO_FRAME: none */
+    uint32_t crowded;          /* a frame whose refcount was raised by hand, DM_NO_FRAME: none */
+    uint32_t crowd;            /* by so much */
 };
 
 struct scenario {

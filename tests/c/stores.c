@@ -35,7 +35,8 @@ static void before_store(int signal, siginfo_t *info, void *context) {
     ucontext_t *u = context;
     (void)signal;
     if (!watch.on || (uintptr_t)info->si_addr - (uintptr_t)watch.base >= watch.bytes) {
-        sigaction(SIGSEGV, &watch.old_segv, NULL); /* somebody's mistake: it faults again, for good */
+        sigaction(SIGSEGV, &watch.old_segv,
+                  NULL); /* somebody's mistake: it faults again, for good */
         return;
     }
     protect(PROT_READ | PROT_WRITE);

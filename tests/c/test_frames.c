@@ -40,7 +40,7 @@ _Static_assert(sizeof(dm_ref_gen(0)) == 4 && sizeof(dm_ref_holder(0)) == 2 &&
                    sizeof(dm_ref_flags(0)) == 1 && sizeof(dm_ref_state(0)) == 1,
                "32, 16, 8 and 8 bits of a Ref word");
 
-static const uint32_t values32[] = {0,          1,          2,         0xffff,    0x10000,
+static const uint32_t values32[] = {0,          1,          2,          0xffff,     0x10000,
                                     0x7ffffffe, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff};
 static const uint16_t values16[] = {0, 1, 2, 0xff, 0x100, 0x7fff, 0x8000, 0xfffe, 0xffff};
 static const uint8_t values8[] = {0, 1, 2, 5, 0x7f, 0x80, 0xfe, 0xff};
@@ -48,29 +48,37 @@ static const uint8_t values8[] = {0, 1, 2, 5, 0x7f, 0x80, 0xfe, 0xff};
 #define EACH(i, values) (unsigned i = 0; i < sizeof values / sizeof values[0]; i++)
 
 static void fields_of_a_frame_word_do_not_touch_each_other(void) {
-    for EACH (c, values32)
-        for EACH (o, values16)
-            for EACH (s, values16) {
-                uint64_t word = dm_frame_pack(values32[c], values16[o], values16[s]);
-                EXPECT_EQ(dm_frame_refcount(word), values32[c]);
-                EXPECT_EQ(dm_frame_owner(word), values16[o]);
-                EXPECT_EQ(dm_frame_seq(word), values16[s]);
-            }
-    EXPECT_EQ(dm_frame_pack(0, 0, 0), 0); /* a formatted device: all frames the pool's */
+    for
+        EACH(c, values32)
+        for
+            EACH(o, values16)
+            for
+                EACH(s, values16) {
+                    uint64_t word = dm_frame_pack(values32[c], values16[o], values16[s]);
+                    EXPECT_EQ(dm_frame_refcount(word), values32[c]);
+                    EXPECT_EQ(dm_frame_owner(word), values16[o]);
+                    EXPECT_EQ(dm_frame_seq(word), values16[s]);
+                }
+            EXPECT_EQ(dm_frame_pack(0, 0, 0), 0); /* a formatted device: all frames the pool's */
 }
 
 static void fields_of_a_ref_word_do_not_touch_each_other(void) {
-    for EACH (a, values8)
-        for EACH (b, values8)
-            for EACH (c, values16)
-                for EACH (d, values32) {
-                    uint64_t word = dm_ref_pack(values8[a], values8[b], values16[c], values32[d]);
-                    EXPECT_EQ(dm_ref_state(word), values8[a]);
-                    EXPECT_EQ(dm_ref_flags(word), values8[b]);
-                    EXPECT_EQ(dm_ref_holder(word), values16[c]);
-                    EXPECT_EQ(dm_ref_gen(word), values32[d]);
-                }
-    EXPECT_EQ(dm_ref_pack(DM_REF_FREE, 0, 0, 0), 0); /* a formatted device: no Refs */
+    for
+        EACH(a, values8)
+        for
+            EACH(b, values8)
+            for
+                EACH(c, values16)
+                for
+                    EACH(d, values32) {
+                        uint64_t word =
+                            dm_ref_pack(values8[a], values8[b], values16[c], values32[d]);
+                        EXPECT_EQ(dm_ref_state(word), values8[a]);
+                        EXPECT_EQ(dm_ref_flags(word), values8[b]);
+                        EXPECT_EQ(dm_ref_holder(word), values16[c]);
+                        EXPECT_EQ(dm_ref_gen(word), values32[d]);
+                    }
+                EXPECT_EQ(dm_ref_pack(DM_REF_FREE, 0, 0, 0), 0); /* a formatted device: no Refs */
 }
 
 /* ---------------------------------------------------------------- counting, alone */

@@ -270,8 +270,8 @@ static void give(struct model *m, struct rng *r) {
 
 static void take_or_evict(struct model *m, struct rng *r, bool evict) {
     uint32_t nr = rng_below(r, rng_below(r, 4) ? 10 : 200), pfn = DM_NO_FRAME;
-    uint32_t got = evict ? dm_freelist_evict(&m->fl, nr, &pfn)
-                         : dm_freelist_take_upto(&m->fl, nr, &pfn);
+    uint32_t got =
+        evict ? dm_freelist_evict(&m->fl, nr, &pfn) : dm_freelist_take_upto(&m->fl, nr, &pfn);
     if (nr == 0 || counted(m, ABSENT) == m->nr_frames)
         EXPECT_EQ(got, 0);
     else

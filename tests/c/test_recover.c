@@ -88,7 +88,7 @@ static uint64_t hash_of(const void *bytes, size_t n) {
     return hash | 1;
 }
 
-struct look { /* at the device, hashed */
+struct look {         /* at the device, hashed */
     uint64_t refs;    /* the Refs, and what the intent is */
     uint64_t essence; /* all that recovery goes by: the tables but for the host entries' counters */
 };
@@ -246,7 +246,6 @@ struct interruption {
     char doing[128];
 };
 
-
 static void recover_again(void *arg) {
     struct interruption *in = arg;
     in->nr_stores++;
@@ -346,9 +345,9 @@ static bool killed_at(const struct scenario *what, uint32_t at) {
     if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL)
         FAIL("expected: a child that ends by SIGKILL, but its status is %#x", status);
     bool changed;
-    EXPECT_OK(dm_device_set_host_state(&dev, SCENE_DEAD, DM_HOST_ACTIVE, DM_HOST_DEAD, &changed,
-                                       &err),
-              &err);
+    EXPECT_OK(
+        dm_device_set_host_state(&dev, SCENE_DEAD, DM_HOST_ACTIVE, DM_HOST_DEAD, &changed, &err),
+        &err);
     EXPECT(changed);
     return !note->done;
 }
@@ -408,7 +407,8 @@ int main(int argc, char **argv) {
         return 77;
     }
     if (CHECK_TSAN) {
-        printf("only one thread at a time stores to the device: nothing to see for this sanitizer\n");
+        printf(
+            "only one thread at a time stores to the device: nothing to see for this sanitizer\n");
         return 77;
     }
     bool has_uffd = by_hand_has_uffd(&why);

@@ -218,7 +218,8 @@ void traffic_step(struct player *p) {
         break;
     case 5:
         if ((b = buffer_of(p, true)))
-            write_page(p, b);
+            for (uint32_t pages = 1 + rng_below(&p->rng, 8); pages; pages--)
+                write_page(p, b);
         break;
     default:
         receive(p);

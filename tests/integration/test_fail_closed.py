@@ -277,11 +277,6 @@ def test_a_host_killed_while_it_stores_leaves_the_bytes_of_others_alone() -> Non
             here.fabric.assert_sound()
 
 
-def reserve_frames(at: At) -> None:
-    """Have enough free frames for every page, without asking for one again."""
-    at.host.ralloc(len(at.buffer)).free()
-
-
 def kill_coordinator(here: Scene) -> None:
     here.fabric.coordinator.kill()
     here.fabric.coordinator.wait()
@@ -291,8 +286,7 @@ def kill_coordinator(here: Scene) -> None:
 def test_pages_stay_protected_when_the_coordinator_is_killed(closed: bool) -> None:
     with running() as fabric:
         here = Scene(fabric, fabric.host(), fabric.host())
-        here.share()
-        here.victim.call(reserve_frames)
+        here.share(reserve=True)
         kill_coordinator(here)
         if closed:
             here.victim.call(close_descriptors)
@@ -310,8 +304,7 @@ def test_pages_stay_protected_when_the_coordinator_is_killed(closed: bool) -> No
 def test_stores_under_way_when_the_coordinator_is_killed_change_nothing_shared() -> None:
     with running() as fabric:
         here = Scene(fabric, fabric.host(), fabric.host(copy_around=1))
-        here.share(2000)
-        here.victim.call(reserve_frames)
+        here.share(2000, reserve=True)
         here.victim.start(store_everywhere)
         until(lambda: here.copied() > 20)
         kill_coordinator(here)
@@ -327,9 +320,8 @@ def test_a_dead_handler_and_closed_descriptors_together_change_nothing_shared(
     """Guarded: the coordinator's duplicate is the last descriptor. Unguarded: the process's own is."""
     with running() as fabric:
         here = Scene(fabric, fabric.host(), fabric.host(copy_around=1))
-        here.share(2000)
+        here.share(2000, reserve=True)
         tid = here.victim.call(handler_tid)
-        here.victim.call(reserve_frames)
         if coordinator_lives:
             here.victim.call(close_descriptors)
         else:
