@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from dmrpc_cxl._native import WIRE
 from dmrpc_cxl.errors import DeviceError, HostFenced, OutOfFrames
 
 from .extents import Extents, FrameConflict, Run
@@ -31,7 +32,7 @@ __all__ = [
     "Watermarks",
 ]
 
-MAX_GRANT_RUNS = 4096
+MAX_GRANT_RUNS: int = WIRE["max_runs"]
 """Most runs in one grant."""
 
 

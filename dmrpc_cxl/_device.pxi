@@ -150,6 +150,7 @@ WIRE = {
     "magic": DM_WIRE_MAGIC,
     "version": DM_WIRE_VERSION,
     "max_payload": DM_WIRE_MAX_PAYLOAD,
+    "max_runs": DM_WIRE_MAX_RUNS,
     "types": {
         "HELLO": <int>DM_MSG_HELLO,
         "REGISTER": <int>DM_MSG_REGISTER,

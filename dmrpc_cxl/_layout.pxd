@@ -177,6 +177,7 @@ cdef extern from "csrc/wire.h" nogil:
     const uint32_t DM_WIRE_MAGIC
     const uint32_t DM_WIRE_VERSION
     const uint32_t DM_WIRE_MAX_PAYLOAD
+    const uint32_t DM_WIRE_MAX_RUNS
 
     cdef enum dm_msg_type:
         DM_MSG_HELLO

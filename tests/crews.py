@@ -69,9 +69,7 @@ KINDS = {
 # ---------------------------------------------------------------- acts, run in the host processes
 
 
-def _act(
-    at: At, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
+def _act(at: At, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a function, and say of a failed assertion what pytest says in its own process only."""
     try:
         return function(at, *args, **kwargs)

@@ -69,6 +69,8 @@ struct dm_link { /* a request/response connection to the coordinator */
     int fd;
     uint64_t dev, ino; /* of fd: a descriptor that was closed and reused is noticed */
     uint64_t next_request;
+    bool
+        reopened; /* took the place of a connection that broke; cleared by whoever looks for what was lost */
     uint64_t epoch;          /* of the coordinator that answered HELLO; 0: never connected */
     void (*between)(void *); /* called now and then while waiting for an answer; may be NULL */
     void *between_arg;

@@ -268,8 +268,11 @@ int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const v
         int s = DM_OK;
         if (l->fd >= 0 && dm_descriptor_check(l->fd, l->dev, l->ino) < 0)
             l->fd = -1;
-        if (l->fd < 0)
+        if (l->fd < 0) {
+            bool again = l->next_request > 0;
             s = dm_link_open(l, h, false, deadline, e);
+            l->reopened |= again && !s;
+        }
         if (!s)
             s = exchange(l, type, payload, length, -1, reply, reply_max, reply_length, deadline, e);
         if (!s || s == DM_ERR_COORDINATOR_REFUSED)

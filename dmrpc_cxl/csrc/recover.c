@@ -89,7 +89,9 @@ static int runs_of(struct recovery *r, const struct dm_ref_entry *entry, struct 
 }
 
 static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
-    while (entry->overflow && entry->overflow <= r->nr_frames) {
+    /* Bounded: a damaged chain may run in a circle. */
+    for (uint32_t i = 0; i < r->nr_frames && entry->overflow && entry->overflow <= r->nr_frames;
+         i++) {
         uint32_t pfn = entry->overflow - 1;
         const struct dm_ref_overflow *o =
             (const struct dm_ref_overflow *)(data_of(r) + ((uint64_t)pfn << r->page_shift));

@@ -75,25 +75,27 @@ void dm_rescan_owned(struct dm_host *h) {
 
 int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run,
               struct dm_error *e) {
-    enum { MAX_RUNS = 4096 };
-    struct dm_run runs[MAX_RUNS];
+    struct dm_run runs[DM_WIRE_MAX_RUNS];
     uint32_t length = 0, free_before = h->free.nr_free;
     struct dm_msg_grant grant = {.want = need > h->batch ? need : h->batch, .min_run = min_run};
-    uint64_t connection = l->ino;
     int s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
     if (h->closed)
         return dm_fail(e, DM_ERR_CLOSED, "host detached while it waited for frames");
+    if (l->reopened) { /* an answer may have been lost with the connection before */
+        l->reopened = false;
+        dm_rescan_owned(h);
+    }
     if (s == DM_OK) {
         add_granted(h, runs, length / sizeof runs[0]);
     } else if (s == DM_ERR_COORDINATOR_REFUSED &&
                (e->wire_status == DM_WIRE_NO_FRAMES || e->wire_status == DM_WIRE_QUOTA)) {
+        if (h->free.nr_free > free_before)
+            return DM_OK;
         DM_COUNT(h, out_of_frames, 1);
         return DM_ERR_OUT_OF_FRAMES;
     } else {
         return s;
     }
-    if (l->ino != connection && connection != 0)
-        dm_rescan_owned(h); /* an answer may have been lost with the old connection */
     if (h->free.nr_free == free_before)
         return dm_fail(e, DM_ERR_OUT_OF_FRAMES, "the coordinator granted no frame");
     if (h->batch < h->batch_max)

@@ -22,6 +22,7 @@
 #define DM_WIRE_MAGIC 0x44524d44u /* "DMRD" */
 #define DM_WIRE_VERSION 1u
 #define DM_WIRE_MAX_PAYLOAD (1u << 20)
+#define DM_WIRE_MAX_RUNS 4096u /* in the answer to a GRANT */
 
 enum dm_msg_type {
     DM_MSG_HELLO = 1,    /* -> struct dm_msg_hello              <- struct dm_msg_hello_reply */

@@ -45,40 +45,35 @@ static const uint32_t values32[] = {0,          1,          2,          0xffff, 
 static const uint16_t values16[] = {0, 1, 2, 0xff, 0x100, 0x7fff, 0x8000, 0xfffe, 0xffff};
 static const uint8_t values8[] = {0, 1, 2, 5, 0x7f, 0x80, 0xfe, 0xff};
 
-#define EACH(i, values) (unsigned i = 0; i < sizeof values / sizeof values[0]; i++)
+#define NR(values) (sizeof values / sizeof values[0])
 
 static void fields_of_a_frame_word_do_not_touch_each_other(void) {
-    for
-        EACH(c, values32)
-        for
-            EACH(o, values16)
-            for
-                EACH(s, values16) {
-                    uint64_t word = dm_frame_pack(values32[c], values16[o], values16[s]);
-                    EXPECT_EQ(dm_frame_refcount(word), values32[c]);
-                    EXPECT_EQ(dm_frame_owner(word), values16[o]);
-                    EXPECT_EQ(dm_frame_seq(word), values16[s]);
-                }
-            EXPECT_EQ(dm_frame_pack(0, 0, 0), 0); /* a formatted device: all frames the pool's */
+    for (unsigned c = 0; c < NR(values32); c++)
+        for (unsigned o = 0; o < NR(values16); o++)
+            for (unsigned s = 0; s < NR(values16); s++) {
+                uint64_t word = dm_frame_pack(values32[c], values16[o], values16[s]);
+                EXPECT_EQ(dm_frame_refcount(word), values32[c]);
+                EXPECT_EQ(dm_frame_owner(word), values16[o]);
+                EXPECT_EQ(dm_frame_seq(word), values16[s]);
+            }
+    EXPECT_EQ(dm_frame_pack(0, 0, 0), 0); /* a formatted device: all frames the pool's */
+}
+
+static void expect_ref_word(uint8_t state, uint8_t flags, uint16_t holder, uint32_t gen) {
+    uint64_t word = dm_ref_pack(state, flags, holder, gen);
+    EXPECT_EQ(dm_ref_state(word), state);
+    EXPECT_EQ(dm_ref_flags(word), flags);
+    EXPECT_EQ(dm_ref_holder(word), holder);
+    EXPECT_EQ(dm_ref_gen(word), gen);
 }
 
 static void fields_of_a_ref_word_do_not_touch_each_other(void) {
-    for
-        EACH(a, values8)
-        for
-            EACH(b, values8)
-            for
-                EACH(c, values16)
-                for
-                    EACH(d, values32) {
-                        uint64_t word =
-                            dm_ref_pack(values8[a], values8[b], values16[c], values32[d]);
-                        EXPECT_EQ(dm_ref_state(word), values8[a]);
-                        EXPECT_EQ(dm_ref_flags(word), values8[b]);
-                        EXPECT_EQ(dm_ref_holder(word), values16[c]);
-                        EXPECT_EQ(dm_ref_gen(word), values32[d]);
-                    }
-                EXPECT_EQ(dm_ref_pack(DM_REF_FREE, 0, 0, 0), 0); /* a formatted device: no Refs */
+    for (unsigned a = 0; a < NR(values8); a++)
+        for (unsigned b = 0; b < NR(values8); b++)
+            for (unsigned c = 0; c < NR(values16); c++)
+                for (unsigned d = 0; d < NR(values32); d++)
+                    expect_ref_word(values8[a], values8[b], values16[c], values32[d]);
+    EXPECT_EQ(dm_ref_pack(DM_REF_FREE, 0, 0, 0), 0); /* a formatted device: no Refs */
 }
 
 /* ---------------------------------------------------------------- counting, alone */

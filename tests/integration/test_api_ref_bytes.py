@@ -16,7 +16,9 @@ from dmrpc_cxl.errors import BadRef, RefConsumed
 from tests.crews import Crew, attach, in_host, nothing_changes
 from tests.fabrics import At, running
 
-WIRE = struct.Struct("<HHIIIQQQ")  # magic, reserved, entry, generation, check, fabric, nonce, length
+WIRE = struct.Struct(
+    "<HHIIIQQQ"
+)  # magic, reserved, entry, generation, check, fabric, nonce, length
 
 
 def checked(magic: int, reserved: int, entry: int, generation: int, *rest: int) -> bytes:

@@ -129,7 +129,9 @@ def test_a_buffer_of_another_host_is_refused(at: At) -> None:
 MOVES: dict[str, Callable[[Host, Buffer], Ref]] = {
     "buffer": lambda host, buffer: host.create_ref(buffer, move=True),
     "address": lambda host, buffer: host.create_ref(buffer.address, move=True),
-    "address and size": lambda host, buffer: host.create_ref(buffer.address, len(buffer), move=True),
+    "address and size": lambda host, buffer: host.create_ref(
+        buffer.address, len(buffer), move=True
+    ),
     "tuple": lambda host, buffer: host.create_ref((buffer.address, len(buffer)), move=True),
 }
 
@@ -223,7 +225,9 @@ def test_a_ref_can_be_given_to_another_host_of_the_same_process(at: At) -> None:
             at.host.map_ref(ref)
 
 
-@pytest.mark.parametrize("how", [{"copy": True}, {"reserve": True}, {"copy": True, "reserve": True}])
+@pytest.mark.parametrize(
+    "how", [{"copy": True}, {"reserve": True}, {"copy": True, "reserve": True}]
+)
 def test_mapping_without_frames_leaves_the_ref_as_it_was(crew: Crew, how: dict[str, bool]) -> None:
     creator, mapper, hog = crew[:3]
     creator.ralloc("buffer", 8 * crew.page_size)

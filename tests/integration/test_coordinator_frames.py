@@ -165,12 +165,17 @@ def test_who_needs_frames_gets_those_of_a_host_that_dies_meanwhile(fabric):
     assert other.call(grant, fabric.nr_frames) == [Run(0, fabric.nr_frames)]
 
 
-def hold(at: At, nr_frames: int) -> None:
-    vars(at)["buffer"] = at.host.ralloc(nr_frames * 4096)
+def hold(at: At, nr_frames: int, apart: int = 0) -> None:
+    at.buffer = at.host.ralloc((nr_frames - apart) * 4096)
+    at.apart = at.host.ralloc(apart * 4096) if apart else None
 
 
 def let_go(at: At) -> None:
-    del vars(at)["buffer"]  # the frames are free, and the host's
+    del at.buffer  # the frames are free, and the host's; what is above its high watermark it gives back
+
+
+def let_go_apart(at: At) -> None:
+    del at.apart
 
 
 @pytest.fixture
@@ -187,10 +192,10 @@ def sitting(fabric):
 
 def test_a_host_that_sits_on_free_frames_is_asked_for_some_when_another_has_none(fabric, sitting):
     host, small = sitting
-    host.call(hold, fabric.nr_frames - 24)
+    host.call(hold, fabric.nr_frames - 24, 60)
     with pytest.raises(OutOfFrames):
         small.call(grant, 16)
-    host.call(let_go)
+    host.call(let_go_apart)  # fewer than its high watermark: it keeps them unless it is asked
     assert sum(run.count for run in small.call(grant, 16)) > 0
     fabric.coordinator.logged(r"asked host 2 for \d+ free frames")
 

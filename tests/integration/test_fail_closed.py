@@ -256,8 +256,6 @@ def test_the_handler_keeps_no_descriptor_of_the_process_open() -> None:
         assert here.victim.call(pipes_end, here.fabric.name)
 
 
-
-
 # -------------------------------------------------------------------- the victim or the coordinator is killed
 
 

@@ -38,7 +38,6 @@ def _stand() -> Any:
     standing.close()
 
 
-
 def prepare_shared_window(at: At, wires: list[bytes]) -> None:
     at.buffer = at.host.map_ref(wires[0])
 
@@ -107,7 +106,9 @@ def seen_unchanged(at: At) -> bool:
 
 
 @pytest.mark.parametrize("prepare", PREPARATIONS, ids=lambda p: p.__name__[8:])
-def test_a_forked_child_cannot_store_to_what_its_parent_shares(prepare: Callable[..., None]) -> None:
+def test_a_forked_child_cannot_store_to_what_its_parent_shares(
+    prepare: Callable[..., None],
+) -> None:
     with scene(standing) as here:
         here.victim.call(prepare, here.keeper.call(make_refs))
         here.keeper.call(map_second, here.victim.call(another_ref))

@@ -19,7 +19,6 @@ def stop_without_a_word(at: At) -> None:
     os._exit(0)
 
 
-
 def end(crew: Crew, member: Member, how: str) -> None:
     """End a host's process, and wait until what it held is back."""
     if how == "killed":

@@ -38,7 +38,9 @@ def nothing_is_left_behind(monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     descriptors = len(os.listdir("/proc/self/fd"))
     mine = f"dmrpc-test-{os.getpid()}-"
-    before = {name for name in shm() if name.startswith(mine)}  # fabrics that stand for several tests
+    before = {
+        name for name in shm() if name.startswith(mine)
+    }  # fabrics that stand for several tests
     yield
     assert {name for name in shm() if name.startswith(mine)} == before
     runtime.rmdir()
