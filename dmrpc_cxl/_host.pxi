@@ -539,6 +539,7 @@ cdef class Host:
             raise _errors.OutOfFrames(f"ralloc: {size} bytes are more than any device has") from None
         if dm_try_lock(h):
             s = dm_ralloc(h, bytes_wanted, flags, False, &id, &err)
+            dm_balance(h)
             dm_unlock(h)
         if s == DM_AGAIN_BLOCKING:
             self.users += 1

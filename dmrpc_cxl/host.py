@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from . import _native
 from ._native import Buffer, Ref
-from .errors import DeviceNotFound
+from .errors import BadSize, DeviceNotFound
 
 __all__ = ["Buffer", "Host", "Ref", "attach"]
 
@@ -118,7 +118,8 @@ def attach(
         name: how this host appears in listings; default ``pid-<pid>``.
         transport: "unix" or "tcp", for requests to the coordinator.
         strict: also write-protect what this host moves away, for code that keeps raw pointers.
-        low: frames below which to ask for more; 0 takes the coordinator's default.
+        low: frames below which to ask for more in the background, before a call has to wait; also what this host
+            keeps when the coordinator asks for frames back. 0: ask only when short, keep the coordinator's default.
         high: frames above which to give back; 0 takes the coordinator's default.
         batch: frames to ask for at once at first; 0 takes the coordinator's default.
         copy_around: most pages that one fault copies when stores run through a mapping in order; 1 copies only
@@ -140,7 +141,7 @@ def attach(
     if transport not in ("unix", "tcp"):
         raise ValueError(f"transport: 'unix' or 'tcp', not {transport!r}")
     if not fabric or "/" in fabric or fabric.startswith(".") or len(fabric.encode()) > 63:
-        raise ValueError(f"not a fabric name: {fabric!r} (1 to 63 bytes, no '/', no leading '.')")
+        raise BadSize(f"not a fabric name: {fabric!r} (1 to 63 bytes, no '/', no leading '.')")
     path = f"{_DEVICE_FOLDER}/{fabric}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -1,7 +1,9 @@
 """Host processes that stand for many tests, and the acts that most tests are made of.
 
-A fabric of each kind is started when a test first asks for it, and stands until the run ends: so tests meet free lists and page
-tables that others have used before. After every test all hosts let go of what they kept, and the device is audited: nothing
+A fabric of each kind is started when a test first asks for it, and stands until the run ends: so
+tests meet free lists and page
+tables that others have used before. After every test all hosts let go of what they kept, and the
+device is audited: nothing
 in use, no Ref alive, no violation. A test may kill hosts; the next one gets new ones.
 
     def test_something(crew: Crew) -> None:

@@ -1,7 +1,9 @@
 """What a fabric must behave like, in plain Python: every mapping and Ref has bytes of its own, and names its frames.
 
-Frames have numbers of the model's own; which PFN stands for which is found when the device is looked at: `compare` demands that
-page tables, refcounts, holes, Refs and reserved frames are exactly the model's, up to that renaming. The model assumes that a
+Frames have numbers of the model's own; which PFN stands for which is found when the device is
+looked at: `compare` demands that
+page tables, refcounts, holes, Refs and reserved frames are exactly the model's, up to that
+renaming. The model assumes that a
 fault serves one page (attach(copy_around=1)).
 """
 

@@ -1,7 +1,9 @@
-"""What tests of whole fabrics share: a fabric that stands for several tests, a place where processes meet, a look at threads.
+"""What tests of whole fabrics share: a fabric that stands for several tests, a place where
+processes meet, a look at threads.
 
 A host process takes half a second to start. Tests that leave nothing behind can use the same ones, one after the other:
-`Standing.use` gives them out and, when the test ends, audits that every frame and Ref is free again. After a failure the
+`Standing.use` gives them out and, when the test ends, audits that every frame and Ref is free
+again. After a failure the
 fabric is thrown away, and the next test gets a new one.
 """
 
@@ -51,7 +53,10 @@ class Standing:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[tuple[Fabric, list[HostProcess]]]:
-        """Give the fabric and its hosts to a test that must leave nothing in use. It may add hosts, but must end them."""
+        """Give the fabric and its hosts to a test that must leave nothing in use.
+
+        It may add hosts, but must end them.
+        """
         if self._fabric is None:
             self._fabric = Fabric(**self._geometry)
             for options in self._hosts:

@@ -359,6 +359,7 @@ int dm_attach(const struct dm_attach *how, struct dm_host **out, struct dm_error
     h->uffd = h->guard_fd = h->link.fd = -1;
     h->copy_around = how->copy_around ? how->copy_around : 1;
     h->use_tcp = how->use_tcp;
+    h->ask_ahead = how->low > 0;
     h->strict = how->strict;
     h->deadline_ns = how->deadline_ns;
     snprintf(h->name, sizeof h->name, "%s", how->name);

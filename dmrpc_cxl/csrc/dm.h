@@ -49,10 +49,15 @@ void dm_freed_end(struct dm_host *h, struct dm_run *run);
 static inline bool dm_too_many_free(const struct dm_host *h) {
     return h->free.nr_free > h->high + h->nr_reserved;
 }
-/* After a call that may have freed frames: let the supplier give some back. Never waits for the coordinator. */
+/* After a call that took or freed frames: let the supplier bring the free list between its watermarks. Never waits for
+ * the coordinator. */
 static inline void dm_balance(struct dm_host *h) {
     if (dm_too_many_free(h) && !h->wants_balance) {
         h->wants_balance = true;
+        pthread_cond_signal(&h->work);
+    } else if (h->ask_ahead && !h->wants_refill && dm_unpromised(h) < h->low &&
+               dm_now_ns() >= h->no_refill_before_ns) {
+        h->wants_refill = true;
         pthread_cond_signal(&h->work);
     }
 }

@@ -157,6 +157,15 @@ static void balance(struct handler *t) {
         h->high *= 2;
 }
 
+/* Below the low watermark: ask before somebody has to wait. When the pool is short, not again at once. */
+static void refill_ahead(struct handler *t) {
+    struct dm_host *h = t->h;
+    struct dm_error e = {0};
+    h->wants_refill = false;
+    if (dm_unpromised(h) < h->low && dm_refill(h, &t->link, 1, 1, &e) != DM_OK)
+        h->no_refill_before_ns = dm_now_ns() + 100000000u;
+}
+
 static void *supplier_main(void *arg) {
     struct handler *t = arg;
     struct dm_host *h = t->h;
@@ -171,6 +180,8 @@ static void *supplier_main(void *arg) {
             give_back_recalled(t);
         else if (h->wants_balance)
             balance(t);
+        else if (h->wants_refill)
+            refill_ahead(t);
         else if (t->reguard)
             guard_again(t);
         else
@@ -257,6 +268,7 @@ static void serve_events(struct handler *t) {
         dm_fatal(h, "reading the userfaultfd failed: %s", n < 0 ? strerror(errno) : "short read");
     uint64_t start = dm_now_ns();
     uint32_t tid = 0;
+    h->entry->heartbeat_ns = start;
     dm_lock(h);
     DM_COUNT(h, handler_wakeups, 1);
     for (size_t i = 0; i < (size_t)n / sizeof events[0]; i++) {

@@ -95,6 +95,7 @@ struct dm_host {
     uint16_t id;
     bool strict;
     bool use_tcp;
+    bool ask_ahead;      /* a low watermark was wished for */
     bool reads_allocate; /* kernel without WP_UNPOPULATED: reading a hole takes a frame */
     uint64_t incarnation;
     uint64_t fabric_id;
@@ -130,7 +131,9 @@ struct dm_host {
     uint32_t ref_ring[DM_REF_RING]; /* entries taken lately, oldest at ref_ring_at */
     uint64_t nonce_key[2], nonce_counter;
     bool closed;
-    bool wants_balance;  /* more free frames than it should sit on: for the supplier */
+    bool wants_balance; /* more free frames than it should sit on: for the supplier */
+    bool wants_refill;  /* fewer than the low watermark */
+    uint64_t no_refill_before_ns;
     pthread_cond_t work; /* the supplier waits for it */
 
     /* fault handler */

@@ -151,7 +151,7 @@ struct dm_host_entry {
     uint32_t pid;          /* as the coordinator sees it */
     uint64_t start_time;   /* clock ticks after boot, /proc/PID/stat field 22: tells a reused pid */
     uint64_t incarnation;  /* never repeated within a fabric; fences out a host declared dead */
-    uint64_t heartbeat_ns; /* CLOCK_MONOTONIC; written by the host's handler thread */
+    uint64_t heartbeat_ns; /* CLOCK_MONOTONIC of the fault handler's last wake-up */
     uint32_t nr_free;      /* gauge: frames on the host's free list */
     uint32_t nr_reserved;  /* gauge: of these, promised to reserve=True mappings */
     uint32_t vm_pieces;    /* gauge: kernel mappings that copy-on-write and the VMA area made */

@@ -184,6 +184,17 @@ static void shared_scattered_ref(struct scene *s) {
     EXPECT_OK(dm_ref_accept(s->other, &copy, &err), &err);
 }
 
+static void shared_scattered_mapping(struct scene *s) {
+    shared_scattered_ref(s);
+    s->id = mapped(s->h, &s->ref);
+}
+
+static void shared_long_ref(struct scene *s) {
+    s->ref = chain(s->h);
+    struct dm_ref_wire copy = cloned(s->h, &s->ref);
+    EXPECT_OK(dm_ref_accept(s->other, &copy, &err), &err);
+}
+
 static void ref_of_other(struct scene *s) {
     s->ref = moved(s->other, allocated(s->other, 4));
     s->handed = s->ref.entry;
@@ -203,13 +214,13 @@ static void crowd(struct scene *s, uint32_t pfn) {
     s->dev->frames[pfn] += s->crowd;
 }
 
-static void crowded_buffer(struct scene *s) {
-    own_buffer(s);
+static void crowded_mapping(struct scene *s) {
+    shared_mapping(s);
     crowd(s, s->h->pt[s->h->vmas[s->id].page + 2] & DM_PTE_PFN);
 }
 
 static void crowded_ref(struct scene *s) {
-    own_scattered_ref(s);
+    shared_scattered_ref(s);
     crowd(s, s->h->refs[s->ref.entry].runs[5].pfn);
 }
 
@@ -318,15 +329,21 @@ const struct scenario scenarios[] = {
     {"rfree, shared", 0, 0, shared_mapping, rfree, NULL},
     {"rfree, last holder", 0, 0, mapping_shared_by_nobody_any_more, rfree, NULL},
     {"rfree, scattered", 0, 0, own_scattered_buffer, rfree, NULL},
+    {"rfree, scattered, shared", SCENE_UFFD, 0, shared_scattered_mapping, rfree, NULL},
     {"create_ref", SCENE_UFFD, 0, own_buffer, create_ref, NULL},
+    {"create_ref, shared", 0, 0, shared_mapping, create_ref, NULL},
     {"create_ref, overflow", SCENE_UFFD | SCENE_DATA, 0, own_scattered_buffer, create_ref, NULL},
-    {"create_ref, refused", SCENE_UFFD, DM_ERR_TOO_MANY_REFS, crowded_buffer, create_ref_of_all,
+    {"create_ref, overflow, shared", SCENE_UFFD | SCENE_DATA, 0, shared_scattered_mapping,
+     create_ref, NULL},
+    {"create_ref, refused", SCENE_UFFD, DM_ERR_TOO_MANY_REFS, crowded_mapping, create_ref_of_all,
      NULL},
     {"create_ref, no frame", 0, DM_ERR_COORDINATOR_LOST, scattered_buffer_and_no_frame, create_ref,
      NULL},
     {"create_ref(move)", 0, 0, own_buffer, move_ref, NULL},
     {"create_ref(move), shared", 0, 0, shared_mapping, move_ref, NULL},
     {"create_ref(move), overflow", SCENE_DATA, 0, own_scattered_buffer, move_ref, NULL},
+    {"create_ref(move), overflow, shared", SCENE_UFFD | SCENE_DATA, 0, shared_scattered_mapping,
+     move_ref, NULL},
     {"create_ref(move), strict", SCENE_UFFD, 0, buffer_of_a_strict_host, move_ref, NULL},
     {"map_ref, exclusive", 0, 0, own_ref, map_ref, NULL},
     {"map_ref, exclusive, of another holder", 0, 0, ref_of_other, map_ref, NULL},
@@ -342,9 +359,11 @@ const struct scenario scenarios[] = {
      NULL},
     {"accept", 0, 0, ref_of_other, accept_ref, NULL},
     {"clone", 0, 0, own_ref, clone_ref, NULL},
+    {"clone, shared", 0, 0, shared_ref, clone_ref, NULL},
     {"clone, of another holder", 0, 0, ref_of_other, clone_ref, NULL},
     {"clone, overflow", SCENE_DATA, 0, own_scattered_ref, clone_ref, NULL},
-    {"clone, two overflow frames", SCENE_LONG, 0, long_ref, clone_ref, NULL},
+    {"clone, overflow, shared", SCENE_DATA, 0, shared_scattered_ref, clone_ref, NULL},
+    {"clone, two overflow frames", SCENE_LONG, 0, shared_long_ref, clone_ref, NULL},
     {"clone, refused", SCENE_DATA, DM_ERR_TOO_MANY_REFS, crowded_ref, clone_ref, NULL},
     {"clone, no frame", 0, DM_ERR_COORDINATOR_LOST, scattered_ref_and_no_frame, clone_ref, NULL},
     {"drop", 0, 0, own_ref, drop_ref, NULL},

@@ -190,12 +190,14 @@ static void eviction_spares_what_was_freed_last(void) {
     struct dm_freelist fl = list_of(300);
     dm_freelist_put(&fl, 10, 2);
     dm_freelist_put(&fl, 20, 2);
+    dm_freelist_put(&fl, 30, 2);
     dm_freelist_put_cold(&fl, 200, 3);
     dm_freelist_put_displaced(&fl, 100);
     expect_evicted(&fl, 9, 100, 1);
     expect_evicted(&fl, 2, 200, 2);
     expect_evicted(&fl, 2, 202, 1);
     expect_evicted(&fl, 9, 10, 2);
+    expect_taken(&fl, 2, 30);
     expect_taken(&fl, 2, 20);
     EXPECT_EQ(fl.nr_free, 0);
     dm_freelist_destroy(&fl);

@@ -32,8 +32,8 @@
 #include "scenes.h"
 #include "stores.h"
 
-#define ALL_STORES_UP_TO 400u /* a longer operation: dense at both ends, sampled between */
-#define DENSE 130u
+#define ALL_STORES_UP_TO 250u /* a longer operation: dense at both ends, sampled between */
+#define DENSE 80u
 #define ALL_INTERRUPTIONS_UP_TO 120u
 
 static struct dm_error err;

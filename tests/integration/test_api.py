@@ -1,6 +1,7 @@
 """The interface, call by call: allocating, freeing, and the Buffer.
 
-For each: what it does, every error it documents, and that nothing has changed after the error. Arrays, Refs and the host
+For each: what it does, every error it documents, and that nothing has changed after the error.
+Arrays, Refs and the host
 itself have files of their own, test_api_*.py.
 """
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import signal
@@ -202,7 +203,7 @@ def test_detach_frees_buffers_drops_refs_and_gives_frames_back(at: At) -> None:
         for call in (
             lambda: host.ralloc(1), lambda: host.zeros(1), lambda: host.array([1]),
             lambda: host.empty(1), lambda: host.rfree(5), lambda: host.create_ref(5, 5),
-            lambda: host.map_ref(ref), lambda: host.map_ref(wire), host.stats, lambda: host.id,
+            functools.partial(host.map_ref, ref), lambda: host.map_ref(wire), host.stats, lambda: host.id,
             lambda: host.page_size, lambda: host.handler_tid, lambda: host.contains(5),
             ref.accept, ref.clone, ref.drop, lambda: Ref.from_bytes(wire, host),
         ):  # fmt: skip

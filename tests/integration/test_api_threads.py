@@ -1,6 +1,7 @@
 """The interface from many threads at once.
 
-Every thread works on buffers of its own and on those that the others share; what it reads must always be what one of them wrote
+Every thread works on buffers of its own and on those that the others share; what it reads must
+always be what one of them wrote
 as a whole. Seeds are printed.
 """
 

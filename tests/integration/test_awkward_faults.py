@@ -1,7 +1,9 @@
-"""Faults where they hurt: under the GIL, in ufuncs and system calls, in imports, collectors and signal handlers; many at once;
+"""Faults where they hurt: under the GIL, in ufuncs and system calls, in imports, collectors and
+signal handlers; many at once;
 and while the handler waits for frames.
 
-What a store has to do is the same everywhere: return, change what its own host sees, and nothing of what the other host sees.
+What a store has to do is the same everywhere: return, change what its own host sees, and nothing
+of what the other host sees.
 """
 
 from __future__ import annotations
@@ -300,7 +302,7 @@ def test_a_handler_that_waits_for_a_frame_does_not_hold_up_who_needs_none(
 
 def free_while_waiting(at: At) -> bool:
     waiting = start_store(at.short.address)
-    for buffer in at.rest:
+    for buffer in [*at.rest, at.plain]:
         buffer.free()
     at.rest.clear()
     waiting.join()

@@ -171,7 +171,8 @@ def hold(at: At, nr_frames: int, apart: int = 0) -> None:
 
 
 def let_go(at: At) -> None:
-    del at.buffer  # the frames are free, and the host's; what is above its high watermark it gives back
+    # The frames are free, and the host's; what is above its high watermark it gives back.
+    del at.buffer
 
 
 def let_go_apart(at: At) -> None:

@@ -1,6 +1,7 @@
 """The end of everything: frames, Ref entries, host slots, address space.
 
-A call that cannot have what it needs says so, and nothing has changed: `same` takes every refcount, page table and Ref of the
+A call that cannot have what it needs says so, and nothing has changed: `same` takes every
+refcount, page table and Ref of the
 device before and after. A store cannot be refused: it waits, and after its deadline its process ends, and only that.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -472,6 +475,44 @@ def ralloc_some(at: At, count: int) -> None:
 
 def release_every_other(at: At) -> None:
     at.rest = at.rest[::2]
+
+
+def fragment_a_large_device(at: At) -> None:
+    take_all_frames(at)
+    at.rest.sort(key=lambda buffer: buffer.address)
+    at.rest = at.rest[::2]
+
+
+def ralloc_and_look(at: At, pages: int) -> tuple[str, int]:
+    """Try to allocate; return how it ended, and how many kernel mappings this process can still make."""
+    try:
+        at.made = at.host.ralloc(pages * PAGE, zero=False)
+        end = "done"
+    except (OutOfFrames, AddressSpaceFull) as error:
+        end = type(error).__name__
+    mappings = []
+    with contextlib.suppress(OSError):
+        while (
+            len(mappings) < 1000
+        ):  # of unlike protection, side by side: the kernel cannot merge them
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if len(mappings) % 2 else 0)
+            mappings.append(mmap.mmap(-1, PAGE, prot=protection))
+    return end, len(mappings)
+
+
+def test_fragments_too_many_for_the_kernels_mappings_are_refused_before_those_are_used_up() -> None:
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 1 << 17:
+        pytest.skip(f"vm.max_map_count is {limit}: no device small enough for a test uses that up")
+    pages = limit + 1000
+    with running(size=(2 * pages + 10) * PAGE, preallocate=False) as fabric:
+        host = fabric.host()
+        host.call(fragment_a_large_device)
+        with same(fabric):
+            end, left = host.call(ralloc_and_look, pages)
+        assert end in ("AddressSpaceFull", "OutOfFrames")
+        assert left == 1000, "the process has no kernel mappings left for anything else"
+        assert host.call(ralloc_and_look, limit // 8) == ("done", 1000)
 
 
 DISPLACED: list[Callable[[At], None]] = []

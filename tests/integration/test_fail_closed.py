@@ -1,7 +1,9 @@
 """Whatever breaks, not one byte of a shared frame changes.
 
-A victim stores to pages that it shares with a keeper, while something is done to it: its fault handler is killed, its descriptors
-are closed, it is forked, it is killed, the coordinator is. Then it may go on copying or it may end, but what the keeper sees stays.
+A victim stores to pages that it shares with a keeper, while something is done to it: its fault
+handler is killed, its descriptors
+are closed, it is forked, it is killed, the coordinator is. Then it may go on copying or it may
+end, but what the keeper sees stays.
 """
 
 from __future__ import annotations
@@ -23,14 +25,13 @@ import pytest
 
 import dmrpc_cxl
 from dmrpc_cxl.errors import DmError
-from tests.fabrics import At, HostProcess, running
+from tests.fabrics import At, running
 from tests.standing import Standing, until
 from tests.victims import (
     PAGE,
     Scene,
     another_ref,
     changed,
-    make,
     map_it,
     scene,
     store_everywhere,
@@ -57,7 +58,8 @@ SYS_EXIT, SYSCALL_INSTRUCTION, WALL = 60, 0x050F, 0x40000000
 def end_thread(tid: int) -> None:
     """Make one thread of another process call exit(2), as nothing but a debugger can.
 
-    It is stopped where it is at the end of a system call, and made to execute that instruction again with another number.
+    It is stopped where it is at the end of a system call, and made to execute that instruction
+    again with another number.
     """
     if platform.machine() != "x86_64":
         pytest.skip("knows the registers of x86-64 only")

@@ -23,7 +23,6 @@ from tests.victims import (
     another_ref,
     changed,
     make,
-    map_it,
     pattern,
     scene,
     store_everywhere,

@@ -1,7 +1,9 @@
 """What happens to a page from its first write to its last holder's rfree, with the refcount after every step.
 
-The paper's example first, then every other order of the same calls; everything ends with both frames free. Refcounts are read
-from the device, and which frame a page shows from the kernel. A fault serves one page in these hosts, so that every count is known.
+The paper's example first, then every other order of the same calls; everything ends with both
+frames free. Refcounts are read
+from the device, and which frame a page shows from the kernel. A fault serves one page in these
+hosts, so that every count is known.
 """
 
 import itertools

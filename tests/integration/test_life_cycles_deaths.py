@@ -1,6 +1,7 @@
 """Counts when a holder dies (SIGKILL), exits without a word, or detaches: at each stage of a Ref's life.
 
-A Ref belongs to its creator until somebody accepts or maps it. What a process held alone comes back, what others hold stays.
+A Ref belongs to its creator until somebody accepts or maps it. What a process held alone comes
+back, what others hold stays.
 """
 
 import os

@@ -1,7 +1,9 @@
 """Random sequences of every operation on three hosts, against a plain model with private copies.
 
-The hosts are real processes on a device so small that it runs out of frames. Whenever hypothesis says so, and at the end of each
-sequence, everything is compared: bytes of mappings and Refs, and, where a fault serves one page, page tables and refcounts frame by
+The hosts are real processes on a device so small that it runs out of frames. Whenever hypothesis
+says so, and at the end of each
+sequence, everything is compared: bytes of mappings and Refs, and, where a fault serves one page,
+page tables and refcounts frame by
 frame. At the end all hosts leave and every frame must be in the pool. What fails is shrunk and printed as a program.
 """
 

@@ -1,7 +1,8 @@
 """Operations that meet: stores to the same shared page, snapshots under writers, many threads, two takers of one Ref.
 
 How rounds are counted. In the tests with `Meeting` a round is one page or one Ref, and all parties meet before each of
-them: they leave a barrier spun on in shared memory within a microsecond of each other (on one CPU: one after the other). Where
+them: they leave a barrier spun on in shared memory within a microsecond of each other (on one CPU:
+one after the other). Where
 a test meets once for many pages it says so.
 """
 
@@ -161,8 +162,10 @@ def test_hosts_that_fill_one_buffer_at_once_each_get_their_own(
 def snapshots(at: At, rounds: int, pages: int, writers: int) -> dict[str, int]:
     """Make Refs of a buffer that threads keep overwriting, and look at each twice.
 
-    A writer goes through its part of the buffer from its start to its end, with the next number at each pass (numpy does so
-    without the GIL, in order of address). So at any one moment a page holds the number of one pass up to some word, and that
+    A writer goes through its part of the buffer from its start to its end, with the next number at
+    each pass (numpy does so
+    without the GIL, in order of address). So at any one moment a page holds the number of one pass
+    up to some word, and that
     of the pass before from there on.
     """
     host = at.host

@@ -23,7 +23,8 @@ Belong to the network variant: 14 (a write that covers a page is not copied: a s
 25 (order of rread and rwrite), 27 (round robin over servers), 28 (shards of a server).
 Belong to the RPC layer: 30 (retransmitted calls), 34 (one object for values and references).
 
-1 to 13 and 31 are told shortly here, and with every count in test_life_cycles*.py. 15 to 20, 32 and 33: test_semantics_frames.py.
+1 to 13 and 31 are told shortly here, and with every count in test_life_cycles*.py. 15 to 20, 32
+and 33: test_semantics_frames.py.
 """
 
 import re

@@ -85,7 +85,7 @@ class Child:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link = Link(mine)
         self.status = status
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self.errors = tempfile.TemporaryFile()
         code = BOOT.format(limit=0.75 * LIMIT, this=__name__, fd=its.fileno())
         with its:
             self.process = subprocess.Popen(
