@@ -99,13 +99,14 @@ class Supply:
             RemoteProtocolError: they cannot be frames of the device.
         """
         host.owes_answer_until = 0.0
+        host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
         self._frames.take_back(host.account, runs)
         self._changes.announce()
 
     def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:
         """Ask hosts that sit on free frames for `want`; for a long run, for all they have.
 
-        A host is asked once in `recall_seconds`. Returns whether some host has been asked and not
+        A host that has not answered is asked once in `recall_seconds`. Returns whether some host has been asked and not
         answered.
         """
         now = asyncio.get_running_loop().time()

@@ -79,7 +79,7 @@ class Model:
 
     def counts(self) -> Counter[int]:
         """Return the refcount of every frame in use."""
-        lists = [thing.pages for thing in (*self.mappings, *self.refs)]
+        lists = [mapping.pages for mapping in self.mappings] + [ref.pages for ref in self.refs]
         return Counter(frame for pages in lists for frame in pages if frame is not None)
 
     def span(self, mapping: Mapping, offset: int, length: int) -> range:
@@ -91,7 +91,7 @@ class Model:
         """Return the pages that need a new frame before they can be written."""
         counts = self.counts()
         pages = mapping.pages
-        return [i for i in span if pages[i] is None or counts[pages[i]] > 1]  # type: ignore[index]
+        return [i for i in span if pages[i] is None or counts[pages[i]] > 1]
 
     def holes(self, mapping: Mapping, span: range) -> list[int]:
         return [i for i in span if mapping.pages[i] is None]
@@ -222,9 +222,9 @@ def compare(model: Model, device: Device, host_ids: list[int]) -> None:
     expected = Counter(counts[frame] for frame in counts if frame not in pfn_of)
     expected[1] += audit["overflow_frames"]
     shown = set(pfn_of.values())
-    found = Counter(device.frame(pfn)[0] for pfn in range(audit["nr_frames"]) if pfn not in shown)
-    del found[0]
-    assert found == +expected, f"refcounts of frames that only Refs hold: {found}, not {+expected}"
+    seldom = Counter(device.frame(pfn)[0] for pfn in range(audit["nr_frames"]) if pfn not in shown)
+    del seldom[0]
+    assert seldom == +expected, f"frames that only Refs hold: refcounts {seldom}, not {+expected}"
 
     refs: list[Any] = sorted((r["length"], r["page_offset"], r["holder"]) for r in device.refs())
     assert refs == sorted(

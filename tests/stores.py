@@ -189,7 +189,7 @@ def in_an_import(view: memoryview) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stores_when_imported.py"
         path.write_text(f"import sys\nsys.watched[:] = bytes([{MARK}]) * len(sys.watched)\n")
-        sys.watched = view  # type: ignore[attr-defined]
+        sys.watched = view
         sys.path.insert(0, folder)
         try:
             importlib.invalidate_caches()
@@ -197,7 +197,7 @@ def in_an_import(view: memoryview) -> None:
         finally:
             sys.path.remove(folder)
             sys.modules.pop("stores_when_imported", None)
-            del sys.watched  # type: ignore[attr-defined]
+            del sys.watched
 
 
 def in_the_garbage_collector(view: memoryview) -> None:
@@ -231,7 +231,7 @@ def in_a_signal_handler(view: memoryview) -> None:
 
 
 def under_a_hail_of_signals(view: memoryview) -> None:
-    hits = []
+    hits: list[None] = []
     before = signal.signal(signal.SIGALRM, lambda *_: hits.append(view.__setitem__(0, MARK)))
     signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
     try:

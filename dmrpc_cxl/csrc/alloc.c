@@ -67,6 +67,12 @@ static int ralloc_scattered(struct dm_host *h, uint32_t nr, uint64_t size, uint3
     uint32_t done = 0;
     while (done < nr) {
         struct dm_run run;
+        if (h->vm_pieces + 4 > h->vm_piece_limit) {
+            undo_scattered(h, page, done, nr);
+            return dm_fail(e, DM_ERR_NO_ADDRESS_SPACE,
+                           "%u pages can only be had in more pieces than half of vm.max_map_count (%u)",
+                           nr, h->vm_piece_limit);
+        }
         if (!dm_take_upto(h, nr - done, 0, &run)) {
             int s = dm_refill(h, &h->link, nr - done, 1, e);
             if (s) {
@@ -138,9 +144,14 @@ int dm_ralloc(struct dm_host *h, uint64_t size, unsigned flags, bool may_block, 
     s = dm_take_run(h, nr, may_block, &pfn, e);
     if (s == DM_ERR_OUT_OF_FRAMES && may_block) {
         struct dm_error second = {0};
-        if (ralloc_scattered(h, nr, size, id, &second) == DM_OK) {
+        int t = ralloc_scattered(h, nr, size, id, &second);
+        if (t == DM_OK) {
             DM_COUNT(h, ralloc_calls, 1);
             return DM_OK;
+        }
+        if (t == DM_ERR_NO_ADDRESS_SPACE) {
+            *e = second;
+            return t;
         }
     }
     if (s)

@@ -1,19 +1,15 @@
 """The end of everything: frames, Ref entries, host slots, address space.
 
-A call that cannot have what it needs says so, and nothing has changed: `same` takes every
-refcount, page table and Ref of the
-device before and after. A store cannot be refused: it waits, and after its deadline its process ends, and only that.
+A call that cannot have what it needs says so, and nothing has changed: `same` compares every refcount and Ref of the device before
+and after. A store cannot be refused: it waits, and after its deadline its process ends, and only that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import re
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,53 +25,11 @@ from dmrpc_cxl.errors import (
     RefTableFull,
 )
 from dmrpc_cxl.fabric import device as devices
-from tests.fabrics import At, Fabric, HostProcess, running
+from tests.fabrics import At, Fabric, HostProcess
+from tests.scarcity import NR_FRAMES, PAGE, free, intact, ralloc, same, small
 from tests.standing import take_all_frames, until
 
-PAGE = 4096
-NR_FRAMES = 64
-ONE_AT_A_TIME = ("--batch", "1", "--batch-max", "1", "--low", "0", "--recall-timeout", "0.2",
-                 "--log-level", "warning")  # fmt: skip
-
-
-@contextlib.contextmanager
-def small(
-    *hosts: dict[str, Any], nr_frames: int = NR_FRAMES, **geometry: Any
-) -> Iterator[tuple[Fabric, list[HostProcess]]]:
-    """A device of few frames, handed out one at a time; a fault serves one page."""
-    geometry.setdefault("coordinator", ONE_AT_A_TIME)
-    with running(size=nr_frames * PAGE, **geometry) as fabric:
-        made = [fabric.host(**{"copy_around": 1, "batch": 1, **options}) for options in hosts]
-        yield fabric, made
-
-
-def picture(fabric: Fabric) -> dict[str, Any]:
-    """Return all that must not change when a call is refused; free frames may change hands."""
-    with devices.open(fabric.name) as opened:
-        audit = opened.audit()
-        assert audit["nr_violations"] == 0, audit["violations"]
-        return {
-            "refcounts": [opened.frame(pfn)[0] for pfn in range(audit["nr_frames"])],
-            "free": audit["pool"] + sum(audit["free"].values()),
-            "refs": opened.refs(),
-            **{key: audit[key] for key in ("in_use", "mapped_pages", "hole_pages", "live_refs",
-                                           "ref_pages", "overflow_frames", "in_flight")},
-        }  # fmt: skip
-
-
-@contextlib.contextmanager
-def same(fabric: Fabric) -> Iterator[None]:
-    before = picture(fabric)
-    yield
-    after = picture(fabric)
-    assert after == before
-
-
 # -------------------------------------------------------------------- sent to hosts
-
-
-def ralloc(at: At, pages: int, **options: Any) -> None:
-    at.made = at.host.ralloc(pages * PAGE, **options)
 
 
 def ralloc_bytes(at: At, size: int, lazy: bool) -> None:
@@ -94,21 +48,11 @@ def map_ref(at: At, wire: bytes, **options: Any) -> None:
     at.mapped = at.host.map_ref(wire, **options)
 
 
-def intact(at: At, name: str) -> bool:
-    words = getattr(at, name).numpy("u8")
-    return bool((words == np.arange(len(words))).all())
-
-
 def fill(at: At, name: str) -> bool:
     """Store to all of a buffer without the GIL; say whether it is all there."""
     buffer = getattr(at, name)
     ctypes.memset(buffer.address, 0x5A, len(buffer))
     return bytes(buffer) == b"\x5a" * len(buffer)
-
-
-def free(at: At, name: str) -> None:
-    getattr(at, name).free()
-    delattr(at, name)
 
 
 def drop_refs(at: At) -> None:
@@ -232,7 +176,7 @@ def test_a_store_that_gets_no_frame_in_time_ends_its_process_with_a_message_and_
         assert victim.expect_death() == -signal.SIGABRT
         text = capfd.readouterr().err
         assert f"fabric {fabric.name}" in text
-        assert int(re.search(r"0x([0-9a-f]+)", text)[1], 16) == address  # type: ignore[index]
+        assert int(re.search(r"0x([0-9a-f]+)", text)[1], 16) == address
         assert "free buffers" in text
         assert "drop Refs" in text
         assert "reserve=True" in text
@@ -419,147 +363,3 @@ def fill_the_last(at: At, pages: int) -> None:
     with contextlib.suppress(AddressSpaceFull):
         while True:
             at.lazy.append(at.host.ralloc(pages * PAGE, lazy=True))
-
-
-# -------------------------------------------------------------------- fragments
-
-
-def fragment(at: At, keep_every: int) -> int:
-    """Hold every n-th frame of the device, and free the others; return how many are free."""
-    take_all_frames(at)
-    at.rest.sort(key=lambda buffer: buffer.address)
-    held = at.rest[::keep_every]
-    freed = len(at.rest) - len(held)
-    at.rest = held
-    return freed
-
-
-def allocate_fragments(at: At, pages: int, zero: bool) -> bool:
-    """Take all fragments as one buffer, and use it in every way."""
-    host = at.host
-    buffer = host.ralloc(pages * PAGE, zero=zero)
-    if zero and any(bytes(buffer)):
-        return False
-    words = buffer.numpy("u8")
-    words[:] = np.arange(len(words))
-    del words
-    at.made = buffer
-    return intact(at, "made")
-
-
-@pytest.mark.parametrize("zero", [True, False])
-@pytest.mark.parametrize("keep_every", [2, 3])
-def test_scattered_free_frames_make_one_long_buffer(keep_every: int, zero: bool) -> None:
-    with small({}) as (fabric, (host,)):
-        freed = host.call(fragment, keep_every)
-        assert host.call(allocate_fragments, freed, zero)
-        assert fabric.assert_sound()["in_use"] == NR_FRAMES
-        host.call(free, "made")
-        with same(fabric), pytest.raises(OutOfFrames):
-            host.call(ralloc, freed + 1)
-
-
-def test_fragments_of_two_hosts_and_the_pool_make_one_long_buffer() -> None:
-    with small({}, {}) as (fabric, (one, two)):
-        one.call(ralloc_some, 20)
-        two.call(ralloc_some, 20)
-        one.call(release_every_other)
-        two.call(release_every_other)
-        assert one.call(allocate_fragments, NR_FRAMES - 20, True)
-        assert fabric.assert_sound()["in_use"] == NR_FRAMES
-
-
-def ralloc_some(at: At, count: int) -> None:
-    at.rest = [at.host.ralloc(PAGE) for _ in range(count)]
-
-
-def release_every_other(at: At) -> None:
-    at.rest = at.rest[::2]
-
-
-def fragment_a_large_device(at: At) -> None:
-    take_all_frames(at)
-    at.rest.sort(key=lambda buffer: buffer.address)
-    at.rest = at.rest[::2]
-
-
-def ralloc_and_look(at: At, pages: int) -> tuple[str, int]:
-    """Try to allocate; return how it ended, and how many kernel mappings this process can still make."""
-    try:
-        at.made = at.host.ralloc(pages * PAGE, zero=False)
-        end = "done"
-    except (OutOfFrames, AddressSpaceFull) as error:
-        end = type(error).__name__
-    mappings = []
-    with contextlib.suppress(OSError):
-        while (
-            len(mappings) < 1000
-        ):  # of unlike protection, side by side: the kernel cannot merge them
-            protection = mmap.PROT_READ | (mmap.PROT_WRITE if len(mappings) % 2 else 0)
-            mappings.append(mmap.mmap(-1, PAGE, prot=protection))
-    return end, len(mappings)
-
-
-def test_fragments_too_many_for_the_kernels_mappings_are_refused_before_those_are_used_up() -> None:
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if limit > 1 << 17:
-        pytest.skip(f"vm.max_map_count is {limit}: no device small enough for a test uses that up")
-    pages = limit + 1000
-    with running(size=(2 * pages + 10) * PAGE, preallocate=False) as fabric:
-        host = fabric.host()
-        host.call(fragment_a_large_device)
-        with same(fabric):
-            end, left = host.call(ralloc_and_look, pages)
-        assert end in ("AddressSpaceFull", "OutOfFrames")
-        assert left == 1000, "the process has no kernel mappings left for anything else"
-        assert host.call(ralloc_and_look, limit // 8) == ("done", 1000)
-
-
-DISPLACED: list[Callable[[At], None]] = []
-
-
-def displaced(function: Callable[[At], None]) -> Callable[[At], None]:
-    DISPLACED.append(function)
-    return function
-
-
-@displaced
-def one_page(at: At) -> None:
-    at.host.ralloc(PAGE).free()
-
-
-@displaced
-def many_pages(at: At) -> None:
-    at.host.ralloc(32 * PAGE).free()
-
-
-@displaced
-def an_eager_copy(at: At) -> None:
-    at.host.map_ref(at.host.create_ref(memoryview(at.big)[:PAGE]), copy=True).free()
-
-
-@displaced
-def an_overflow_frame(at: At) -> None:
-    ref = at.host.create_ref(at.big)
-    at.big.numpy()[:: 2 * PAGE] = 2
-    again = at.host.create_ref(at.big)
-    again.clone().drop()
-    ref.drop()
-
-
-def displace(at: At) -> None:
-    """Make half of all frames free, whose pages in the owned window are taken by a buffer that was copied away."""
-    at.big = at.host.ralloc(NR_FRAMES // 2 * PAGE)
-    ref = at.host.create_ref(at.big)
-    at.big.numpy()[:] = 1
-    ref.drop()
-
-
-@pytest.mark.parametrize("use", DISPLACED, ids=lambda use: use.__name__)
-def test_free_frames_whose_window_pages_are_taken_serve_all_the_same(
-    use: Callable[[At], None],
-) -> None:
-    with small({}) as (fabric, (host,)):
-        host.call(displace)
-        assert fabric.assert_sound()["in_use"] == NR_FRAMES // 2
-        host.call(use)

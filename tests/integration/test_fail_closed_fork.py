@@ -192,7 +192,7 @@ def fork_under_stores(at: At, wires: list[bytes], seed: int) -> list[int]:
         done.set()
 
     thread = threading.Thread(target=store)
-    statuses = []
+    statuses: list[int] = []
     thread.start()
     while not done.is_set() or len(statuses) < 5:
         at.buffer = dice.choice(buffers)
