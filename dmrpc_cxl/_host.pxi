@@ -98,6 +98,7 @@ cdef class Ref:
         Raises:
             RefConsumed: it was mapped or dropped through this object.
         """
+        self.host.enter("to_bytes")
         if self.spent:
             raise _errors.RefConsumed("to_bytes: this Ref was mapped or dropped before")
         self.exported = True
