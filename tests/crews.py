@@ -26,13 +26,11 @@ import functools
 import importlib
 import inspect
 import multiprocessing
-import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-import numpy as np
 import pytest
 
 import dmrpc_cxl
@@ -400,48 +398,6 @@ def in_host(body: Callable[..., None]) -> Callable[..., None]:
     others = list(inspect.signature(body).parameters.values())[1:]
     test.__signature__ = inspect.Signature([crew, *others])  # type: ignore[attr-defined]
     return test
-
-
-@dataclass(frozen=True)
-class Picture:
-    """All that a device's tables say is held: for `nothing_changes`."""
-
-    refcounts: bytes
-    page_tables: tuple[bytes, ...]
-    refs: tuple[tuple[int, ...], ...]
-    reserved: tuple[int, ...]
-
-    @classmethod
-    def of(cls, fabric: str) -> Picture:
-        with device.open(fabric, writable=False) as opened:
-            sb, fd = opened.superblock, opened.fileno()
-            words = os.pread(fd, 8 * sb["nr_frames"], sb["frame_table_off"])
-            table = 4 * sb["ptes_per_host"]
-            hosts = opened.hosts()
-            return cls(
-                (np.frombuffer(words, "<u8") & 0xFFFFFFFF).tobytes(),
-                tuple(
-                    os.pread(fd, table, sb["page_table_off"] + table * (host["host"] - 1))
-                    for host in hosts
-                ),
-                tuple(
-                    tuple(ref[key] for key in ("entry", "state", "holder", "generation", "length"))
-                    for ref in opened.refs()
-                ),
-                tuple(host["nr_reserved"] for host in hosts),
-            )
-
-
-@contextlib.contextmanager
-def nothing_changes(fabric: str) -> Iterator[None]:
-    """Assert that no refcount, page table or Ref of a device is different after the block."""
-    before = Picture.of(fabric)
-    yield
-    after = Picture.of(fabric)
-    assert before.refcounts == after.refcounts, "a refcount changed"
-    assert before.page_tables == after.page_tables, "a page table changed"
-    assert before.refs == after.refs, f"Refs changed: {before.refs} -> {after.refs}"
-    assert before.reserved == after.reserved, "the number of reserved frames changed"
 
 
 # ---------------------------------------------------------------- processes of their own

@@ -69,9 +69,10 @@ static int ralloc_scattered(struct dm_host *h, uint32_t nr, uint64_t size, uint3
         struct dm_run run;
         if (h->vm_pieces + 4 > h->vm_piece_limit) {
             undo_scattered(h, page, done, nr);
-            return dm_fail(e, DM_ERR_NO_ADDRESS_SPACE,
-                           "%u pages can only be had in more pieces than half of vm.max_map_count (%u)",
-                           nr, h->vm_piece_limit);
+            return dm_fail(
+                e, DM_ERR_NO_ADDRESS_SPACE,
+                "%u pages can only be had in more pieces than half of vm.max_map_count (%u)", nr,
+                h->vm_piece_limit);
         }
         if (!dm_take_upto(h, nr - done, 0, &run)) {
             int s = dm_refill(h, &h->link, nr - done, 1, e);

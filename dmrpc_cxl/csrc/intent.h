@@ -14,6 +14,9 @@ static inline struct dm_intent *dm_intent_begin(struct dm_host *h, uint32_t op, 
                                                 uint32_t nr, uint32_t pfn, uint32_t ref,
                                                 uint64_t ref_state) {
     struct dm_intent *in = &h->entry->intent;
+    /* The stores below stay behind the one that ended the record before: a release orders only what precedes it. Against
+     * SIGKILL the compiler's order is all that matters. */
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
     in->page = page;
     in->nr = nr;
     in->pfn = pfn;

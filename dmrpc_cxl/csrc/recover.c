@@ -30,7 +30,8 @@ struct recovery {
     uint32_t *pt;
     uint16_t host;
     uint32_t page_shift, nr_frames;
-    bool damaged; /* the intent record makes no sense */
+    bool damaged;   /* the intent record makes no sense */
+    bool no_memory; /* stop; the next attempt goes on from here */
     struct dm_recovery *out;
 };
 
@@ -85,6 +86,10 @@ static int runs_of(struct recovery *r, const struct dm_ref_entry *entry, struct 
     int s = dm_runs_of_entry(entry, data_of(r), r->page_shift, r->nr_frames, runs);
     if (s)
         dm_runs_free(runs);
+    if (s == DM_ERR_NO_MEMORY)
+        r->no_memory = true;
+    else if (s)
+        r->out->refs_damaged++;
     return s;
 }
 
@@ -111,10 +116,8 @@ static void make_free(struct dm_ref_entry *entry) {
 static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
     const struct dm_ref_entry *entry = &r->dev->refs[index];
     struct dm_runs runs;
-    if (runs_of(r, entry, &runs)) {
-        r->out->refs_damaged++;
+    if (runs_of(r, entry, &runs))
         return -1;
-    }
     r->intent->ref = index;
     r->intent->page = 0;
     r->intent->nr = entry->nr_pages;
@@ -135,8 +138,13 @@ static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
 /* Drop the counts of a Ref in state DROPPING, from frame `done` on; its progress is kept as for a living host. */
 static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
     struct dm_ref_entry *entry = &r->dev->refs[index];
-    if (done < entry->nr_pages && drop_counts(r, index, done))
+    if (done < entry->nr_pages && drop_counts(r, index, done)) {
+        if (!r->no_memory) /* damaged: nobody's from now on, lest a later host of this id be taken for its holder */
+            __atomic_store_n(&entry->state,
+                             dm_ref_pack(DM_REF_DROPPING, 0, 0, dm_ref_gen(entry->state)),
+                             __ATOMIC_RELEASE);
         return;
+    }
     /* From here on the list of runs may be incomplete, and is not needed: progress says so. */
     free_overflow(r, entry);
     make_free(entry);
@@ -145,7 +153,7 @@ static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
 }
 
 static void drop_held_refs(struct recovery *r) {
-    for (uint32_t i = 0; i < r->dev->geo.max_refs; i++) {
+    for (uint32_t i = 0; i < r->dev->geo.max_refs && !r->no_memory; i++) {
         struct dm_ref_entry *entry = &r->dev->refs[i];
         uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
         if (dm_ref_holder(word) != r->host)
@@ -201,10 +209,8 @@ static void undo_share(struct recovery *r) {
 
 static void undo_clone(struct recovery *r) {
     struct dm_runs runs;
-    if (runs_of(r, &r->dev->refs[r->intent->ref], &runs)) {
-        r->out->refs_damaged++;
+    if (runs_of(r, &r->dev->refs[r->intent->ref], &runs))
         return;
-    }
     uint64_t at = r->dev->refs[r->intent->ref].nr_pages;
     for (uint32_t i = runs.nr; i-- > 0;)
         for (uint32_t k = runs.list[i].count; k-- > 0;) {
@@ -310,7 +316,8 @@ static void settle_intent(struct recovery *r) {
     case DM_INTENT_RETURN:
         break;
     }
-    __atomic_store_n(&in->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
+    if (!r->no_memory)
+        __atomic_store_n(&in->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
 }
 
 /* ---------------------------------------------------------------- pages and frames */
@@ -356,7 +363,10 @@ int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *ou
         return DM_OK;
     out->intent = r.intent->op;
     settle_intent(&r);
-    drop_held_refs(&r);
+    if (!r.no_memory)
+        drop_held_refs(&r);
+    if (r.no_memory)
+        return dm_fail(e, DM_ERR_NO_MEMORY, "no memory to recover host %u", host);
     unmap_pages(&r);
     take_free_frames(&r);
     r.entry->nr_free = r.entry->nr_reserved = 0;

@@ -169,6 +169,7 @@ int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wi
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_MOVE, page, nr, 0, index,
                                            __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
     dm_ref_publish(h, index, flags, out);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* the PTEs go after the Ref is live, see intent.h */
     memset(h->pt + page, 0, nr * sizeof h->pt[0]);
     dm_intent_end(in);
     if (page < h->nr_frames && h->free.nr_displaced)

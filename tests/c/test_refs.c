@@ -295,6 +295,8 @@ int main(void) {
     HOLDS(a_full_table_refuses_and_changes_nothing);
     HOLDS(a_damaged_list_of_runs_leads_nowhere);
     EXPECT_EQ(by_hand_exact(&dev)->in_use, 0);
+    dm_unlock(a);
+    dm_unlock(b);
     by_hand_host_free(a);
     by_hand_host_free(b);
     dm_device_close(&dev);

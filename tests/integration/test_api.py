@@ -18,8 +18,9 @@ import pytest
 import dmrpc_cxl
 from dmrpc_cxl import Buffer, Host, Ref
 from dmrpc_cxl.errors import BadAddress, BadSize, BufferInUse, OutOfFrames
-from tests.crews import attach, in_host, nothing_changes
+from tests.crews import attach, in_host
 from tests.fabrics import At
+from tests.pictures import nothing_changes
 
 page_sizes = pytest.mark.parametrize("crew", ["4K", "16K", "64K"], indirect=True)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dmrpc_cxl.errors import BadAddress, BadSize, BufferInUse, MisuseError, OutOfFrames
-from tests.crews import in_host, nothing_changes
+from tests.crews import in_host
 from tests.fabrics import At
+from tests.pictures import nothing_changes
 
 DTYPES = ["u1", "<i2", ">i4", "=f8", ">f4", "c16", "?", "S7", "U3", "M8[ns]", "V5", "f2",
           "i4,f8", "(2,3)i2"]  # fmt: skip

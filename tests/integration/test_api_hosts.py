@@ -28,8 +28,9 @@ from dmrpc_cxl.errors import (
     NotADevice,
 )
 from dmrpc_cxl.fabric import device
-from tests.crews import MIB, Crew, attach, in_host, nothing_changes
+from tests.crews import MIB, Crew, attach, in_host
 from tests.fabrics import At, Fabric, running
+from tests.pictures import nothing_changes
 
 
 def states(fabric: str) -> dict[int, int]:

@@ -8,8 +8,9 @@ import pytest
 
 from dmrpc_cxl import Buffer, Host, Ref
 from dmrpc_cxl.errors import BadAddress, BadSize, BufferInUse, OutOfFrames, RefConsumed
-from tests.crews import Crew, attach, in_host, nothing_changes
+from tests.crews import Crew, attach, in_host
 from tests.fabrics import At
+from tests.pictures import nothing_changes
 
 
 def filled(at: At, size: int) -> Buffer:

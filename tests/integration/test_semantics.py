@@ -36,8 +36,9 @@ import pytest
 import dmrpc_cxl
 from dmrpc_cxl import Ref
 from dmrpc_cxl.errors import BadAddress, BadRef, RefConsumed
-from tests.crews import Crew, attach, in_host, nothing_changes
+from tests.crews import Crew, attach, in_host
 from tests.fabrics import At, Fabric, running
+from tests.pictures import nothing_changes
 
 ELSEWHERE = {14, 25, 27, 28, 30, 34}
 

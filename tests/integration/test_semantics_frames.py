@@ -16,8 +16,9 @@ import pytest
 
 from dmrpc_cxl.errors import OutOfFrames, TooManyRefs
 from dmrpc_cxl.fabric import device
-from tests.crews import MIB, Crew, Member, in_host, nothing_changes
+from tests.crews import MIB, Crew, Member, in_host
 from tests.fabrics import At, Fabric, running
+from tests.pictures import nothing_changes
 from tests.standing import take_all_frames, wait_for_fault
 
 PAGE = 4096
