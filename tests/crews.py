@@ -49,19 +49,24 @@ class Kind:
     page_size: int = 4096
     coordinator: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    size: int = 32 * MIB
 
     @classmethod
     def of(cls, name: str) -> Kind:
         return KINDS[name]
 
 
+SCARCE = ("--batch", "1", "--batch-max", "1", "--low", "0", "--recall-timeout", "0.2",
+          "--log-level", "warning")  # fmt: skip
 # copy_around=1: a fault serves the one page that was stored to, so that every count is known.
 _ONE_PAGE = (("copy_around", 1),)
 KINDS = {
     "4K": Kind(options=_ONE_PAGE),
     "16K": Kind(16384, options=_ONE_PAGE),
-    "64K": Kind(65536, ("--batch", "32", "--low", "8", "--high", "64"), _ONE_PAGE),
+    "64K": Kind(65536, ("--batch", "32", "--low", "8", "--high", "64"), _ONE_PAGE, 64 * MIB),
     "old-kernel": Kind(options=(*_ONE_PAGE, ("reads_allocate", True))),
+    # 256 frames, handed out one by one; a host that is asked for free frames keeps none.
+    "scarce": Kind(coordinator=SCARCE, options=_ONE_PAGE, size=MIB),
     "tcp": Kind(4096, ("--tcp", "127.0.0.1:0"), (*_ONE_PAGE, ("transport", "tcp"))),
 }
 
@@ -276,7 +281,7 @@ class Crew:
         self.kind = kind
         self.page_size = kind.page_size
         self.fabric = Fabric(
-            size=32 * MIB if kind.page_size < 65536 else 64 * MIB,
+            size=kind.size,
             page_size=kind.page_size,
             coordinator=(*kind.coordinator, "--log-level", "warning"),
         )

@@ -139,7 +139,7 @@ def test_a_fabric_without_a_coordinator_cannot_be_joined() -> None:
     device.create(name, size=MIB)
     try:
         with pytest.raises(CoordinatorLost) as caught:
-            dmrpc_cxl.attach(name)
+            dmrpc_cxl.attach(name, deadline=0.3)
         assert isinstance(caught.value, ConnectionError)
     finally:
         device.remove(name, force=True)
@@ -149,7 +149,7 @@ def test_a_fabric_without_a_coordinator_cannot_be_joined() -> None:
 def test_tcp_where_nobody_listens_on_it_is_said(at: At) -> None:
     before = states(at.host.fabric)
     with pytest.raises(CoordinatorLost, match="TCP"):
-        attach(at, transport="tcp")
+        attach(at, transport="tcp", deadline=0.3)
     assert states(at.host.fabric) == before
 
 

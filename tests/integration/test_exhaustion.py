@@ -1,7 +1,8 @@
 """The end of everything: frames, Ref entries, host slots, address space.
 
 A call that cannot have what it needs says so, and nothing has changed: `same` compares every refcount and Ref of
-the device before and after. A store cannot be refused: it waits, and after its deadline its process ends, and only that.
+the device before and after. A store cannot be refused: it waits, and after its deadline its
+process ends, and only that.
 """
 
 from __future__ import annotations

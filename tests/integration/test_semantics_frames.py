@@ -16,16 +16,12 @@ import pytest
 
 from dmrpc_cxl.errors import OutOfFrames, TooManyRefs
 from dmrpc_cxl.fabric import device
-from tests.crews import MIB, Crew, Member, in_host
+from tests.crews import MIB, SCARCE, Crew, Member, in_host
 from tests.fabrics import At, Fabric, running
 from tests.pictures import nothing_changes
 from tests.standing import take_all_frames, wait_for_fault
 
 PAGE = 4096
-
-# Frames come one by one, and a host that is asked for free frames keeps none.
-SCARCE = ("--batch", "1", "--batch-max", "1", "--low", "0", "--recall-timeout", "0.2",
-          "--log-level", "warning")  # fmt: skip
 
 
 @pytest.fixture
