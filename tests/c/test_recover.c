@@ -24,6 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #include "by_hand.h"
@@ -34,7 +35,8 @@
 
 #define ALL_STORES_UP_TO 250u /* a longer operation: dense at both ends, sampled between */
 #define DENSE 80u
-#define ALL_INTERRUPTIONS_UP_TO 120u
+#define ALL_INTERRUPTIONS_UP_TO (CHECK_ASAN ? 25u : 120u)
+#define AT_THE_END UINT32_MAX
 
 static struct dm_error err;
 static struct rng rng;
@@ -356,7 +358,10 @@ static bool killed_at(const struct scenario *what, uint32_t at) {
 static uint32_t die_and_recover(const struct scenario *what, uint32_t at, unsigned most_leaks,
                                 bool every) {
     static struct look last;
-    snprintf(check_doing, sizeof check_doing, "%s, killed behind store %u", what->name, at);
+    if (at == AT_THE_END)
+        snprintf(check_doing, sizeof check_doing, "%s, killed after its end", what->name);
+    else
+        snprintf(check_doing, sizeof check_doing, "%s, killed behind store %u", what->name, at);
     (void)killed_at(what, at);
     bool more = worth_a_look(&last, every);
     save(crashed, &dev);
@@ -374,7 +379,7 @@ static bool worth_a_try(uint32_t at, uint32_t nr_stores) {
     if (check_slow())
         return true;
     if (CHECK_ASAN) /* a fork takes ten times as long */
-        return at <= 1 || nr_stores - at <= 1 || rng_below(&rng, nr_stores) < 16;
+        return at <= 1 || nr_stores - at <= 1 || rng_below(&rng, nr_stores) < 8;
     if (nr_stores <= ALL_STORES_UP_TO || at <= DENSE || nr_stores - at <= DENSE)
         return true;
     return rng_below(&rng, nr_stores) < ALL_STORES_UP_TO / 4;
@@ -383,11 +388,11 @@ static bool worth_a_try(uint32_t at, uint32_t nr_stores) {
 static void death_leaves_at_most_one_frame(const struct scenario *what) {
     uint32_t deaths = 0, interruptions = 0;
     snprintf(check_doing, sizeof check_doing, "%s, not killed", what->name);
-    EXPECT(!killed_at(what, UINT32_MAX));
+    EXPECT(!killed_at(what, AT_THE_END));
     uint32_t nr_stores = note->nr_stores;
     bool every = nr_stores <= ALL_STORES_UP_TO;
     EXPECT(nr_stores > 0);
-    interruptions += die_and_recover(what, UINT32_MAX, 0, true);
+    interruptions += die_and_recover(what, AT_THE_END, 0, true);
     for (uint32_t at = 0; at <= nr_stores; at++) {
         if (!worth_a_try(at, nr_stores))
             continue;
@@ -398,6 +403,57 @@ static void death_leaves_at_most_one_frame(const struct scenario *what) {
     printf("%s: %u stores, %u deaths, %u interrupted recoveries\n", what->name, nr_stores, deaths,
            interruptions);
     fflush(stdout);
+}
+
+/* ---------------------------------------------------------------- recovery without memory */
+
+struct block {
+    struct block *next;
+};
+static struct rlimit usual;
+
+/* Take all memory that malloc can give, and let the kernel give no more. */
+static struct block *take_all_memory(void) {
+    volatile char stack[65536];
+    struct block *all = NULL, *b;
+    for (size_t i = 0; i < sizeof stack; i += 1024)
+        stack[i] = 0; /* it cannot grow later */
+    EXPECT(!getrlimit(RLIMIT_AS, &usual));
+    struct rlimit none = {0, usual.rlim_max};
+    EXPECT(!setrlimit(RLIMIT_AS, &none));
+    for (size_t bytes = 1 << 20; bytes >= sizeof *b; bytes /= 2)
+        while ((b = malloc(bytes))) {
+            b->next = all;
+            all = b;
+        }
+    return all;
+}
+
+static void give_memory_back(struct block *all) {
+    EXPECT(!setrlimit(RLIMIT_AS, &usual));
+    for (struct block *next; all; all = next) {
+        next = all->next;
+        free(all);
+    }
+}
+
+/* A long list of runs needs memory. Without it recovery stops, and the next attempt goes on from there. */
+static void recovery_without_memory_can_be_repeated(void) {
+    for (unsigned i = 0; i < nr_scenarios; i++)
+        for (uint32_t at = 20; scenarios[i].flags & SCENE_LONG && at < 600; at += 45) {
+            struct dm_recovery report;
+            snprintf(check_doing, sizeof check_doing, "%s, killed behind store %u, no memory",
+                     scenarios[i].name, at);
+            if (!killed_at(&scenarios[i], at))
+                break;
+            struct block *all = take_all_memory();
+            int status = dm_recover_host(&dev, SCENE_DEAD, &report, &err);
+            give_memory_back(all);
+            EXPECT_EQ(status, DM_ERR_NO_MEMORY);
+            recover(&dev);
+            expect_recovered(&dev, &note->held, 1);
+        }
+    check_doing[0] = 0;
 }
 
 int main(int argc, char **argv) {
@@ -429,6 +485,8 @@ int main(int argc, char **argv) {
         if (argc < 2 || strstr(scenarios[i].name, argv[1]))
             death_leaves_at_most_one_frame(&scenarios[i]);
     }
+    if (!CHECK_ASAN && argc < 2) /* its malloc does not fail, but ends the process */
+        HOLDS(recovery_without_memory_can_be_repeated);
     free(before);
     free(crashed);
     dm_device_close(&dev);
