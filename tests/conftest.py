@@ -1,12 +1,17 @@
 """What all tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.fabrics import Fabric, running
+
+# A shell starts what it puts in the background with SIGINT ignored, and all children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No example is judged by the clock: how fast something is, benchmarks/ measures. A failure prints
 # the blob that repeats it.
