@@ -108,11 +108,12 @@ class Meeting:
         count, words = self._count, self._words
         words[self._mine] = count
         for other in self._others:
-            spins = 0
+            spins, since = 0, time.monotonic()
             while words[other] < count:
                 spins += 1
                 if spins % SPINS == 0:
                     os.sched_yield()
+                    assert time.monotonic() < since + SECONDS / 3, "somebody does not come"
 
 
 def until(what: Callable[[], Any], seconds: float = SECONDS) -> Any:

@@ -9,19 +9,25 @@
  */
 #include "host.h"
 
+#define AHEAD 32 /* words to prefetch: another host may have written them last */
+
 /* 0 -> 1 for frames this host owns: nobody else may change their words, so plain stores do. */
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
-    for (uint32_t i = 0; i < nr; i++)
+    for (uint32_t i = 0; i < nr; i++) {
+        __builtin_prefetch(&word[i + AHEAD], 1);
         word[i] = (word[i] & 0xffff000000000000ull) + dm_frame_pack(1, h->id, 1);
+    }
 }
 
 /* 1 -> 0 for frames of which the caller is known to be the only holder: nobody else may touch the words. */
 void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
     __atomic_thread_fence(__ATOMIC_RELEASE);
-    for (uint32_t i = 0; i < nr; i++)
+    for (uint32_t i = 0; i < nr; i++) {
+        __builtin_prefetch(&word[i + AHEAD], 1);
         word[i] = (word[i] & 0xffff000000000000ull) | dm_frame_pack(0, h->id, 0);
+    }
 }
 
 /* -1. True when it was the last: the frame is this host's now. Decided by the compare-and-swap alone. */

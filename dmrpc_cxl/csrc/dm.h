@@ -86,7 +86,6 @@ int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *ru
 void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_ref_wire *out);
 void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry);
 uint64_t dm_ref_make_free(struct dm_host *h, uint32_t index);
-uint16_t dm_ref_wire_seal(struct dm_ref_wire *w);
 int dm_ref_wire_check(const struct dm_ref_wire *w, uint64_t fabric_id, struct dm_error *e);
 void dm_ref_release(struct dm_host *h, uint32_t index);
 

@@ -17,7 +17,9 @@
 #include "intent.h"
 #include "uffd.h"
 
-#define GROWTH 8u /* of the window at each sequential fault, which costs some 40 page copies */
+/* Growth of the window at the first sequential fault, and at those after it: a fault costs some 40 page copies. */
+#define GROWTH_FIRST 8
+#define GROWTH 32
 
 /* ---------------------------------------------------------------- which pages */
 
@@ -34,12 +36,13 @@ static bool copyable(const struct dm_host *h, uint32_t page, bool want_shared) {
 }
 
 static void grow_window(const struct dm_host *h, struct dm_vma *v, uint32_t page) {
-    v->fault_window = page == v->next_fault ? v->fault_window * GROWTH : 1;
-    if (v->fault_window > h->copy_around)
-        v->fault_window = h->copy_around;
+    uint64_t window = 1;
+    if (page == v->next_fault)
+        window = (uint64_t)v->fault_window * (v->fault_window == 1 ? GROWTH_FIRST : GROWTH);
+    v->fault_window = window < h->copy_around ? (uint32_t)window : h->copy_around;
 }
 
-/* The pages to do together with `page`: one at random, GROWTH times as many at each sequential fault (copy_around at most); whole
+/* The pages to do together with `page`: one at random, 8, 256, copy_around (at most) at sequential faults; whole
  * aligned chunks when kernel mappings run short. All present, protected, alike in being shared or not. */
 static struct span choose(struct dm_host *h, struct dm_vma *v, uint32_t page, bool shared) {
     grow_window(h, v, page);

@@ -14,6 +14,8 @@
 #include "dm.h"
 #include "intent.h"
 
+#define AHEAD 96 /* frame words to prefetch */
+
 static int runs_of_pages(const struct dm_host *h, uint32_t page, uint32_t nr, struct dm_runs *r) {
     const uint32_t *pt = h->pt + page;
     const struct dm_vma *v = &h->vmas[h->vma_of[page]];
@@ -47,10 +49,12 @@ static int uncount_range(struct dm_host *h, struct dm_intent *in, uint32_t page,
 /* +1 on every frame of the range, in page order; all or none. */
 static int count_range(struct dm_host *h, struct dm_intent *in, uint32_t page, uint32_t nr) {
     const uint32_t *pt = h->pt + page;
+    /* Frame words are shared with other hosts and often cold; an atomic waits for its line alone. */
+    for (uint32_t i = 0; i < nr && i < AHEAD; i += 8)
+        __builtin_prefetch(&h->frames[pt[i] & DM_PTE_PFN], 1);
     for (uint32_t i = 0; i < nr; i++) {
         uint32_t pte = pt[i];
-        /* Frame words are shared with other hosts and often cold; an atomic waits for its line alone. */
-        __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + 24], 1);
+        __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + AHEAD], 1);
         if (pte & DM_PTE_PRESENT && dm_count_up(h, pte & DM_PTE_PFN))
             return uncount_range(h, in, page, i);
         dm_intent_progress(in, i + 1);

@@ -1,9 +1,8 @@
 """Operations that meet: stores to the same shared page, snapshots under writers, many threads, two takers of one Ref.
 
 How rounds are counted. In the tests with `Meeting` a round is one page or one Ref, and all parties meet before each of
-them: they leave a barrier spun on in shared memory within a microsecond of each other (on one CPU:
-one after the other). Where
-a test meets once for many pages it says so.
+them: they leave a barrier spun on in shared memory within a microsecond of each other (on one CPU: one after the
+other). Where a test meets once for many pages it says so.
 """
 
 from __future__ import annotations
