@@ -3,7 +3,8 @@
 A map of the package:
 
 ==================  ====================================================================================
-``host``            attach, Host: the paper's Table II and arrays that live in DM
+``host``            Host: the paper's Table II and arrays that live in DM
+``rpc``             attach; services and clients; arguments that go by value or by Ref
 ``errors``          every exception, in one tree
 ``fabric``          making, checking and removing devices; launching a fabric
 ``coordinator``     the service that hands out page ownership in batches
@@ -23,21 +24,39 @@ from typing import TYPE_CHECKING, Any
 from .errors import DmError
 
 if TYPE_CHECKING:
-    from .host import Buffer, Host, Ref, attach
+    from ._native import Buffer, Ref
+    from .rpc import Call, CallFuture, Forwarder, Host, Server, current_call, move
 
-__all__ = ["Buffer", "DmError", "Host", "Ref", "__version__", "attach"]
+    attach = Host.attach
+
+__all__ = [
+    "Buffer",
+    "Call",
+    "CallFuture",
+    "DmError",
+    "Forwarder",
+    "Host",
+    "Ref",
+    "Server",
+    "__version__",
+    "attach",
+    "current_call",
+    "move",
+]
 __version__ = importlib.metadata.version("dmrpc")
 
-_FROM_HOST = ("Buffer", "Host", "Ref", "attach")
+_HOMES = {"Buffer": "._native", "Ref": "._native"}
+_LAZY = frozenset(__all__) - {"DmError", "__version__"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM_HOST:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(".host", __name__), name)
+    module = importlib.import_module(_HOMES.get(name, ".rpc"), __name__)
+    value = module.Host.attach if name == "attach" else getattr(module, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_FROM_HOST))
+    return sorted(set(globals()) | _LAZY)

@@ -10,6 +10,7 @@ The first level says whose fault it is::
     │   ├── RefConsumed (ValueError)        already mapped, dropped, or accepted by somebody else
     │   ├── BufferInUse (BufferError)       views on the buffer are alive
     │   ├── TooManyRefs (OverflowError)     a refcount would overflow
+    │   ├── CannotSend (TypeError)          no message can hold this value
     │   ├── HostClosed (ValueError)         the host is detached
     │   └── ForkedError                     called in a forked child
     ├── DeviceError                 the device's
@@ -33,7 +34,17 @@ The first level says whose fault it is::
         ├── DeadlineExceeded (TimeoutError)
         ├── HostFenced                      this host was declared dead
         ├── ServiceNotFound (LookupError)
-        └── ServiceExists (ValueError)
+        ├── ServiceExists (ValueError)
+        └── CallError                       a remote procedure call gave no result
+            ├── RemoteError                     the method raised; also of the same built-in type
+            ├── UnknownMethod (AttributeError)
+            ├── WrongArguments (TypeError)
+            ├── InterfaceMismatch
+            ├── Overloaded
+            ├── CallCancelled
+            ├── AccessDenied (PermissionError)
+            └── PeerLost (ConnectionError)
+                └── ServiceStopping
 """
 
 from __future__ import annotations
@@ -189,3 +200,58 @@ class ServiceNotFound(PeerError, LookupError):
 
 class ServiceExists(PeerError, ValueError):
     """A live host has already published a service of that name."""
+
+
+# --------------------------------------------------------------------------- remote procedure calls
+
+
+class CallError(PeerError):
+    """A call did not give a result."""
+
+
+class RemoteError(CallError):
+    """The method raised. Is also of the same built-in type: ``except ValueError`` works.
+
+    Attributes:
+        remote_type: qualified name of what was raised.
+        remote_traceback: its traceback, as text.
+    """
+
+    remote_type: str = ""
+    remote_traceback: str = ""
+
+
+class UnknownMethod(CallError, AttributeError):
+    """The service has no method of that name."""
+
+
+class WrongArguments(CallError, TypeError):
+    """The arguments do not fit the method's parameters."""
+
+
+class CannotSend(MisuseError, TypeError):
+    """A value that the serializer in use cannot put into a message."""
+
+
+class InterfaceMismatch(CallError):
+    """Client and server do not mean the same service, or speak versions that do not fit."""
+
+
+class Overloaded(CallError):
+    """The server has as many calls as it takes; try again later, or elsewhere."""
+
+
+class CallCancelled(CallError):
+    """The call was cancelled."""
+
+
+class PeerLost(CallError, ConnectionError):
+    """The other end of the connection died, closed it, or cannot be reached."""
+
+
+class ServiceStopping(PeerLost):
+    """The service is being stopped and takes no new calls."""
+
+
+class AccessDenied(CallError, PermissionError):
+    """The fabric's secret is wrong, or the service does not allow this."""

@@ -17,7 +17,7 @@ import json
 import math
 import operator
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,87 @@ from . import _native
 from ._native import Buffer, Ref
 from .errors import BadSize, DeviceNotFound
 
-__all__ = ["Buffer", "Host", "Ref", "attach"]
+__all__ = ["Buffer", "Host", "Ref"]
+
+HostType = TypeVar("HostType", bound="Host")
 
 _DEVICE_FOLDER = "/dev/shm"
 
 
 class Host(_native.Host):
     """A process attached to a fabric. Made by :func:`attach`; thread-safe; not usable in forked children."""
+
+    @classmethod
+    def attach(
+        cls: type[HostType],
+        fabric: str,
+        *,
+        name: str | None = None,
+        transport: str = "unix",
+        strict: bool = False,
+        low: int = 0,
+        high: int = 0,
+        batch: int = 0,
+        copy_around: int = 512,
+        deadline: float = 5.0,
+        reads_allocate: bool = False,
+        user_mode_only: bool = False,
+    ) -> HostType:
+        """Join a fabric: register with its coordinator, map the device, start the fault handler.
+
+        Args:
+            fabric: name of the fabric, as given to ``dmrpc fabric create``.
+            name: how this host appears in listings; default ``pid-<pid>``.
+            transport: "unix" or "tcp", for requests to the coordinator.
+            strict: also write-protect what this host moves away, for code that keeps raw pointers.
+            low: frames below which to ask for more in the background, before a call has to wait; also what this host
+                keeps when the coordinator asks for frames back. 0: ask only when short, keep the coordinator's default.
+            high: frames above which to give back; 0 takes the coordinator's default.
+            batch: frames to ask for at once at first; 0 takes the coordinator's default.
+            copy_around: most pages that one fault copies when stores run through a mapping in order; 1 copies only
+                the page stored to.
+            deadline: seconds to wait for the coordinator, above all for free frames.
+            reads_allocate: take a frame when a hole is read, as kernels before 6.4 make us do.
+            user_mode_only: open userfaultfd so that unprivileged users may; stores by the kernel into shared
+                pages (``recv_into``) then fail with EFAULT instead of being copied.
+
+        Returns:
+            Host: attached; a context manager that detaches.
+
+        Raises:
+            DeviceNotFound: no such fabric.
+            NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt: its device cannot be used.
+            CoordinatorLost: nobody serves it.
+            UserfaultfdUnavailable: this user or kernel cannot; says how to allow it.
+        """
+        if transport not in ("unix", "tcp"):
+            raise ValueError(f"transport: 'unix' or 'tcp', not {transport!r}")
+        if not fabric or "/" in fabric or fabric.startswith(".") or len(fabric.encode()) > 63:
+            raise BadSize(f"not a fabric name: {fabric!r} (1 to 63 bytes, no '/', no leading '.')")
+        path = f"{_DEVICE_FOLDER}/{fabric}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise DeviceNotFound(
+                f"no fabric {fabric!r}: {path} does not exist; create it with `dmrpc fabric create {fabric}`"
+            ) from None
+        try:
+            return cls(
+                fd,
+                fabric,
+                name or f"pid-{os.getpid()}",
+                use_tcp=transport == "tcp",
+                strict=strict,
+                reads_allocate=reads_allocate,
+                user_mode_only=user_mode_only,
+                low=operator.index(low),
+                high=operator.index(high),
+                batch=operator.index(batch),
+                copy_around=operator.index(copy_around),
+                deadline=deadline,
+            )
+        finally:
+            os.close(fd)
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
         """Return an uninitialised ndarray that lives in DM; its memory is freed with its last view."""
@@ -95,74 +169,3 @@ class Host(_native.Host):
         nbytes = dtype.itemsize * math.prod(lengths)
         buffer = self.ralloc(max(nbytes, 1), zero=zero)
         return buffer.numpy(dtype, lengths)
-
-
-def attach(
-    fabric: str,
-    *,
-    name: str | None = None,
-    transport: str = "unix",
-    strict: bool = False,
-    low: int = 0,
-    high: int = 0,
-    batch: int = 0,
-    copy_around: int = 512,
-    deadline: float = 5.0,
-    reads_allocate: bool = False,
-    user_mode_only: bool = False,
-) -> Host:
-    """Join a fabric: register with its coordinator, map the device, start the fault handler.
-
-    Args:
-        fabric: name of the fabric, as given to ``dmrpc fabric create``.
-        name: how this host appears in listings; default ``pid-<pid>``.
-        transport: "unix" or "tcp", for requests to the coordinator.
-        strict: also write-protect what this host moves away, for code that keeps raw pointers.
-        low: frames below which to ask for more in the background, before a call has to wait; also what this host
-            keeps when the coordinator asks for frames back. 0: ask only when short, keep the coordinator's default.
-        high: frames above which to give back; 0 takes the coordinator's default.
-        batch: frames to ask for at once at first; 0 takes the coordinator's default.
-        copy_around: most pages that one fault copies when stores run through a mapping in order; 1 copies only
-            the page stored to.
-        deadline: seconds to wait for the coordinator, above all for free frames.
-        reads_allocate: take a frame when a hole is read, as kernels before 6.4 make us do.
-        user_mode_only: open userfaultfd so that unprivileged users may; stores by the kernel into shared
-            pages (``recv_into``) then fail with EFAULT instead of being copied.
-
-    Returns:
-        Host: attached; a context manager that detaches.
-
-    Raises:
-        DeviceNotFound: no such fabric.
-        NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt: its device cannot be used.
-        CoordinatorLost: nobody serves it.
-        UserfaultfdUnavailable: this user or kernel cannot; says how to allow it.
-    """
-    if transport not in ("unix", "tcp"):
-        raise ValueError(f"transport: 'unix' or 'tcp', not {transport!r}")
-    if not fabric or "/" in fabric or fabric.startswith(".") or len(fabric.encode()) > 63:
-        raise BadSize(f"not a fabric name: {fabric!r} (1 to 63 bytes, no '/', no leading '.')")
-    path = f"{_DEVICE_FOLDER}/{fabric}"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise DeviceNotFound(
-            f"no fabric {fabric!r}: {path} does not exist; create it with `dmrpc fabric create {fabric}`"
-        ) from None
-    try:
-        return Host(
-            fd,
-            fabric,
-            name or f"pid-{os.getpid()}",
-            use_tcp=transport == "tcp",
-            strict=strict,
-            reads_allocate=reads_allocate,
-            user_mode_only=user_mode_only,
-            low=operator.index(low),
-            high=operator.index(high),
-            batch=operator.index(batch),
-            copy_around=operator.index(copy_around),
-            deadline=deadline,
-        )
-    finally:
-        os.close(fd)

@@ -1,0 +1,36 @@
+"""Remote procedure calls that pass large data by reference.
+
+==================  ====================================================================================
+``frames``          the wire protocol, without I/O
+``marshal``         values to messages: by value or by Ref
+``interface``       a service's methods, read off its class
+``calls``           the call being served: deadline, cancellation, metadata
+``channel``         one interface over rings in shared memory and TCP
+``endpoint``        finding, connecting, shaking hands
+``server``          serving
+``client``, ``aio`` calling, from threads and from asyncio
+``forwarder``       a load balancer that passes calls on as they are
+``objects``         any picklable object in DM
+``host``            all of it on the host
+==================  ====================================================================================
+"""
+
+from .calls import Call, current_call
+from .client import CallFuture, Client, Outbound
+from .forwarder import Forwarder
+from .host import Host
+from .marshal import Moved, move
+from .server import Server
+
+__all__ = [
+    "Call",
+    "CallFuture",
+    "Client",
+    "Forwarder",
+    "Host",
+    "Moved",
+    "Outbound",
+    "Server",
+    "current_call",
+    "move",
+]

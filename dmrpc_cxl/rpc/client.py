@@ -1,0 +1,903 @@
+"""Calling: connections, replies, reconnecting. What the synchronous and the asyncio client share, and the first of them.
+
+Who reads. There is no reader thread: a thread that waits for its reply reads the connection and hands others theirs; when it
+leaves, another waiting thread takes over. A lone caller is woken once per call, straight from the ring.
+
+Refs. Those of a call are this host's until the server accepts them. However the call ends, what nobody has accepted by then
+is dropped. A reply that nobody waits for any more gives its Refs back as soon as it is read.
+"""
+
+from __future__ import annotations
+
+import builtins
+import concurrent.futures
+import contextlib
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..errors import (
+    AccessDenied,
+    BadRef,
+    CallCancelled,
+    CallError,
+    DeadlineExceeded,
+    DmError,
+    InterfaceMismatch,
+    Overloaded,
+    PeerLost,
+    ProtocolViolation,
+    RefConsumed,
+    RemoteError,
+    RemoteProtocolError,
+    ServiceNotFound,
+    ServiceStopping,
+    UnknownMethod,
+    WrongArguments,
+)
+from ..host import Host
+from . import endpoint, frames
+from .calls import Call, _current
+from .channel import Channel
+from .frames import Code, Flag, Frame, Kind, Method, Welcome
+from .interface import Interface
+from .marshal import FLAGS_OF, TRANSFERS, Encoded, Marshaller, Reader, Serializer, Transfer
+
+if TYPE_CHECKING:
+    from .aio import AsyncMethods
+
+__all__ = ["CallFuture", "Client", "ClientInterceptor"]
+
+log = logging.getLogger("dmrpc.rpc")
+
+ClientInterceptor: TypeAlias = Callable[["Outbound", Callable[[], Any]], Any]
+
+READ_ALONG = 16  # calls outstanding above which sending more also takes replies
+FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
+LONGEST_BACKOFF = 1.0
+
+
+class Outbound:
+    """A call about to be made: what interceptors of a client see, and may change before they proceed.
+
+    Attributes:
+        service, method: names.
+        arguments: positional; keywords have been turned into positions.
+        metadata: str to str, sent along.
+        timeout: seconds; None: as long as it takes.
+    """
+
+    __slots__ = ("arguments", "metadata", "method", "service", "timeout")
+
+    def __init__(
+        self, service: str, method: str, arguments: tuple[Any, ...], metadata: dict[str, str], timeout: float | None
+    ) -> None:
+        self.service = service
+        self.method = method
+        self.arguments = arguments
+        self.metadata = metadata
+        self.timeout = timeout
+
+
+class Options:
+    """How calls are made; shared by a client and changed by :meth:`Client.using` for a copy of it."""
+
+    __slots__ = ("interceptors", "metadata", "serializer", "timeout", "transfer")
+
+    def __init__(
+        self,
+        timeout: float | None,
+        transfer: Transfer,
+        serializer: Serializer,
+        metadata: dict[str, str],
+        interceptors: Sequence[ClientInterceptor],
+    ) -> None:
+        if transfer not in TRANSFERS:
+            raise ValueError(f"transfer: one of {', '.join(TRANSFERS)}, not {transfer!r}")
+        if serializer not in ("msgpack", "pickle"):
+            raise ValueError(f"serializer: 'msgpack' or 'pickle', not {serializer!r}")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"a timeout of {timeout} s")
+        self.timeout = timeout
+        self.transfer = transfer
+        self.serializer: Serializer = serializer
+        self.metadata = metadata
+        self.interceptors = tuple(interceptors)
+
+
+class Pending:
+    """A call without its reply. The class of what waits for it: synchronous and asyncio calls derive from this."""
+
+    __slots__ = ("call_id", "deadline", "method", "reader", "refs")
+
+    def __init__(self, method: str, reader: Reader, deadline: float | None) -> None:
+        self.method = method
+        self.reader = reader
+        self.deadline = deadline
+        self.call_id = 0
+        self.refs = b""
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """Take the outcome; called once."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- errors that arrive
+
+_kinds: dict[tuple[type[RemoteError], str], type[RemoteError]] = {}
+
+
+def _remote_kind(names: Sequence[str]) -> type[RemoteError]:
+    """Return RemoteError, or a class that is also of the built-in type that the method raised."""
+    for name in names:
+        key = (RemoteError, name)
+        if key in _kinds:
+            return _kinds[key]
+        kind = getattr(builtins, name, None)
+        if not isinstance(kind, type) or not issubclass(kind, Exception) or kind is Exception:
+            continue
+        with contextlib.suppress(TypeError):  # layouts may conflict
+            made = type(f"Remote{name}", (RemoteError, kind), {"__module__": RemoteError.__module__})
+            made("")  # some want more arguments than a text
+            _kinds[key] = made
+            return made
+    return RemoteError
+
+
+_PLAIN: dict[int, type[DmError]] = {
+    Code.UNKNOWN_METHOD: UnknownMethod,
+    Code.BAD_ARGUMENTS: WrongArguments,
+    Code.OVERLOADED: Overloaded,
+    Code.DEADLINE: DeadlineExceeded,
+    Code.CANCELLED: CallCancelled,
+    Code.STOPPING: ServiceStopping,
+    Code.DENIED: AccessDenied,
+    Code.NOT_ALLOWED: AccessDenied,
+    Code.VERSION: InterfaceMismatch,
+    Code.PEER: PeerLost,
+    Code.UNKNOWN_SERVICE: ServiceNotFound,
+}
+
+
+def error_of(frame: Frame, service: str, method: str) -> DmError:
+    """Return the exception that an ERROR frame stands for."""
+    body = frames.read_error(frame)
+    where = f"{service}.{method}: "
+    if frame.method in _PLAIN:
+        return _PLAIN[frame.method](where + body.message)
+    if frame.method == Code.BAD_REF:
+        kind = RefConsumed if body.type.endswith("RefConsumed") else BadRef
+        return kind(where + body.message)
+    error = _remote_kind(body.builtins)(f"{where}{body.type}: {body.message}")
+    error.remote_type = body.type
+    error.remote_traceback = body.traceback
+    if body.traceback and hasattr(error, "add_note"):
+        error.add_note(f"On the server:\n{body.traceback.rstrip()}")
+    return error
+
+
+# ---------------------------------------------------------------- one connection
+
+
+class Connection:
+    """What the two kinds of client share: ids, calls without reply, what happens to a frame that came."""
+
+    def __init__(self, host: Host, service: str, channel: Channel, welcome: Welcome) -> None:
+        self.host = host
+        self.service = service
+        self.channel = channel
+        self.welcome = welcome
+        self.pending: dict[int, Pending] = {}
+        self.ids = itertools.count(1)
+        self.lost: DmError | None = None  # why it is of no use any more
+        self.leaving = False  # the server said GOAWAY
+        self.send_lock = threading.Lock()
+
+    def take(self, frame: Frame) -> None:
+        """Act on a frame that came."""
+        kind = frame.kind
+        if kind == Kind.REPLY or (kind == Kind.ERROR and frame.call_id):
+            pending = self.pending.pop(frame.call_id, None)
+            if pending is None:  # nobody waits for it any more
+                if frame.nr_refs:
+                    self.host.drop_refs(frame.refs)
+                return
+            self._outcome(pending, frame)
+        elif kind == Kind.GOAWAY:
+            self.leaving = True
+        elif kind == Kind.ERROR:
+            raise RemoteProtocolError(f"{self.service} objects to what it was sent: {frames.read_error(frame).message}")
+        else:
+            raise RemoteProtocolError(f"a server does not send frames of kind {kind}")
+
+    def _outcome(self, pending: Pending, frame: Frame) -> None:
+        value, failure = None, None
+        try:
+            if frame.kind == Kind.ERROR:
+                failure = error_of(frame, self.service, pending.method)
+            elif frame.flags & Flag.PICKLED and not self.welcome.pickle:
+                failure = RemoteProtocolError(f"{self.service} sent a pickle, which was not asked for")
+            else:
+                value = _only(pending.reader.read(self.host, frame))
+        except DmError as error:
+            failure = error
+        except ValueError as error:  # not of the annotated type
+            failure = InterfaceMismatch(f"{self.service}.{pending.method}: its result: {error}")
+        if frame.nr_refs:
+            self.host.drop_refs(frame.refs)  # those the value did not use
+        self.settle(pending, value, failure)
+
+    def settle(self, pending: Pending, value: Any, error: BaseException | None) -> None:
+        """End a call; what nobody has accepted of it comes back."""
+        if pending.refs:
+            self.host.drop_refs(pending.refs)
+        pending.settle(value, error)
+
+    def give_up(self, pending: Pending, error: BaseException) -> None:
+        """End a call that has no reply, and tell the server."""
+        if self.pending.pop(pending.call_id, None) is None:
+            return
+        with contextlib.suppress(DmError, ValueError):
+            self.send_short(frames.short(Kind.CANCEL, pending.call_id))
+        self.settle(pending, None, error)
+
+    def send_short(self, frame: bytes) -> None:
+        """Send a frame that is all header."""
+        raise NotImplementedError
+
+    def fail(self, error: DmError) -> None:
+        """End everything: the connection is of no use any more."""
+        if self.lost is None:
+            self.lost = error
+        while self.pending:
+            with contextlib.suppress(KeyError):
+                _, pending = self.pending.popitem()
+                self.settle(pending, None, self.lost)
+
+
+def _only(values: Any) -> Any:
+    if not isinstance(values, (list, tuple)) or len(values) != 1:
+        raise RemoteProtocolError("a reply holds one value")
+    return values[0]
+
+
+class SyncConnection(Connection):
+    """A connection that threads share."""
+
+    def __init__(self, host: Host, service: str, channel: Channel, welcome: Welcome) -> None:
+        super().__init__(host, service, channel, welcome)
+        self.read_lock = threading.Lock()
+        self.turn = threading.Condition()  # for threads that wait while another one reads
+        self.nr_followers = 0
+
+    def send_short(self, frame: bytes) -> None:
+        """See Connection."""
+        with self.send_lock:
+            self.channel.send((frame,), 1.0)
+
+    def submit(self, call: Prepared, pending: SyncPending, encoded: Encoded, meta: bytes) -> None:
+        """Send a call.
+
+        Raises:
+            PeerLost, DeadlineExceeded: it was not sent; its Refs are the caller's.
+        """
+        with self.send_lock:
+            if self.lost is not None:
+                raise PeerLost(str(self.lost))
+            pending.connection = self
+            pending.call_id = call_id = next(self.ids)  # in the order of sending: the server checks
+            head = call.head(pending, encoded, meta)
+            self.pending[call_id] = pending
+            timeout = None if pending.deadline is None else max(0.0, pending.deadline - time.monotonic())
+            try:
+                self.channel.send((head, *encoded.inline) if encoded.inline else head, timeout)
+            except (DmError, ValueError) as error:
+                self.pending.pop(call_id, None)
+                failure = error if isinstance(error, DmError) else PeerLost(f"{self.service}: the client was closed")
+                self.lost = PeerLost(f"{self.service}: {failure}")  # a part of the frame may be out
+                raise failure from None
+
+    def pump(self) -> None:
+        """Take what is there. Context: read_lock held."""
+        try:
+            while (data := self.channel.recv()) is not None:
+                self.take(frames.parse(data))
+                del data
+        except (PeerLost, ProtocolViolation) as error:
+            self.fail(PeerLost(f"{self.service}: {error}"))
+        except ValueError:
+            self.fail(PeerLost(f"{self.service}: the client was closed"))
+
+    def await_(self, pending: SyncPending) -> None:
+        """Return when the call has ended, one way or another."""
+        channel, lock = self.channel, self.read_lock
+        while not pending.done:
+            if lock.acquire(False):
+                try:
+                    while not pending.done:
+                        self.pump()
+                        if pending.done:
+                            break
+                        left = None
+                        if pending.deadline is not None:
+                            left = pending.deadline - time.monotonic()
+                            if left <= 0:
+                                break
+                        try:
+                            channel.wait(left)
+                        except ValueError:
+                            self.fail(PeerLost(f"{self.service}: the client was closed"))
+                finally:
+                    lock.release()
+                    if self.nr_followers:
+                        with self.turn:
+                            self.turn.notify_all()
+                if not pending.done:
+                    self.give_up(pending, DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time"))
+            else:
+                self._follow(pending)
+
+    def _follow(self, pending: SyncPending) -> None:
+        """Another thread reads: wait for it to bring our reply, or to leave."""
+        with self.turn:
+            self.nr_followers += 1
+            try:
+                while not pending.done and self.read_lock.locked():
+                    left = None if pending.deadline is None else pending.deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        break
+                    self.turn.wait(0.1 if left is None else min(left, 0.1))
+            finally:
+                self.nr_followers -= 1
+        if not pending.done and pending.deadline is not None and time.monotonic() >= pending.deadline:
+            self.give_up(pending, DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time"))
+
+    def poll(self) -> None:
+        """Take what is there, if no other thread is at it."""
+        if self.read_lock.acquire(False):
+            try:
+                self.pump()
+            finally:
+                self.read_lock.release()
+            if self.nr_followers:
+                with self.turn:
+                    self.turn.notify_all()
+
+    def close(self, error: DmError) -> None:
+        """End it; waiting threads get the error."""
+        self.lost = error
+        self.channel.close()
+        self.fail(error)
+        with self.turn:
+            self.turn.notify_all()
+
+
+class SyncPending(Pending):
+    """A call that a thread waits for, or a future."""
+
+    __slots__ = ("connection", "done", "error", "value")
+
+    connection: SyncConnection
+
+    def __init__(self, method: str, reader: Reader, deadline: float | None) -> None:
+        super().__init__(method, reader, deadline)
+        self.done = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """See Pending."""
+        self.value = value
+        self.error = error
+        self.done = True
+        connection = self.connection
+        if connection.nr_followers:
+            with connection.turn:
+                connection.turn.notify_all()
+
+
+class CallFuture:
+    """A call that is under way: ``client.future.method(...)``.
+
+    Replies are read by whoever waits, so a future makes progress while somebody waits on the same client, or asks done().
+    """
+
+    __slots__ = ("__weakref__", "_pending")
+
+    def __init__(self, pending: SyncPending) -> None:
+        self._pending = pending
+
+    def done(self) -> bool:
+        """Tell whether the call has ended; takes what has arrived, and never waits."""
+        pending = self._pending
+        if not pending.done:
+            pending.connection.poll()
+            if not pending.done and pending.deadline is not None and time.monotonic() > pending.deadline:
+                pending.connection.give_up(
+                    pending, DeadlineExceeded(f"{pending.method}: no reply in time")
+                )
+        return pending.done
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the result.
+
+        Args:
+            timeout: seconds to wait at most; the call goes on after that. None: until the call's own deadline.
+
+        Raises:
+            TimeoutError: timeout is over.
+            CallError, and whatever else the call may raise.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self._pending.value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end of the call; return what it raises, None if it gave a result."""
+        pending = self._pending
+        if not pending.done:
+            _about_to_block()
+            if timeout is None:
+                pending.connection.await_(pending)
+            else:
+                give_up = time.monotonic() + timeout
+                while not self.done():
+                    left = give_up - time.monotonic()
+                    if left <= 0:
+                        raise concurrent.futures.TimeoutError(f"{pending.method}: no reply in {timeout} s")
+                    if pending.connection.read_lock.acquire(False):
+                        try:
+                            with contextlib.suppress(ValueError):
+                                pending.connection.channel.wait(left)
+                        finally:
+                            pending.connection.read_lock.release()
+                    else:
+                        with pending.connection.turn:
+                            pending.connection.turn.wait(min(left, 0.01))
+        return pending.error
+
+    def cancel(self) -> bool:
+        """Give the call up and tell the server; False if it has ended already."""
+        pending = self._pending
+        if pending.done:
+            return False
+        pending.connection.give_up(pending, CallCancelled(f"{pending.method}: cancelled"))
+        return True
+
+    def __del__(self) -> None:
+        pending = self._pending
+        if not pending.done and pending.connection.lost is None:
+            with contextlib.suppress(DmError, ValueError, OSError):
+                pending.connection.give_up(pending, CallCancelled("nobody waits for it any more"))
+
+
+def _about_to_block() -> None:
+    call = _current.get()
+    if call is not None and call.about_to_block is not None:
+        call.about_to_block()
+
+
+# ---------------------------------------------------------------- clients
+
+
+class MethodTable:
+    """The methods of a service, as the server named them."""
+
+    def __init__(self, welcome: Welcome, interface: Interface | None) -> None:
+        self.methods = {method.name: (number, method) for number, method in enumerate(welcome.methods)}
+        self.readers: dict[str, Reader] = {}
+        for name in self.methods:
+            wanted = interface.results.get(name, Any) if interface else Any
+            try:
+                self.readers[name] = Reader(tuple[wanted] if wanted is not Any else Any)
+            except TypeError:  # an annotation that msgspec cannot check
+                self.readers[name] = Reader()
+
+    def get(self, service: str, name: str) -> tuple[int, Method]:
+        """Return number and description of a method."""
+        try:
+            return self.methods[name]
+        except KeyError:
+            raise UnknownMethod(
+                f"{service} has no method {name!r}; it has {', '.join(sorted(self.methods))}"
+            ) from None
+
+
+def positional(
+    service: str, method: Method, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return all arguments in the order of the parameters.
+
+    Raises:
+        WrongArguments: too many, too few, unknown, twice; or a gap, which only the server could fill.
+    """
+    names = method.parameters
+    where = f"{service}.{method.name}{method.signature}"
+    if keywords:
+        values = list(arguments)
+        rest = dict(keywords)
+        for name in names[len(arguments) :]:
+            if name not in rest:
+                break
+            values.append(rest.pop(name))
+        if rest:
+            raise WrongArguments(
+                f"{where}: {', '.join(rest)}: unknown, given twice, or behind a parameter that is not given"
+            )
+        arguments = tuple(values)
+    if not method.nr_required <= len(arguments) <= len(names):
+        raise WrongArguments(f"{where}: called with {len(arguments)} arguments")
+    return arguments
+
+
+def check_interface(service: str, welcome: Welcome, interface: Interface) -> None:
+    """Compare what a client was promised with what the server has.
+
+    Raises:
+        InterfaceMismatch: a method is missing, or takes other parameters.
+    """
+    theirs = {method.name: method for method in welcome.methods}
+    for mine in interface.methods:
+        method = theirs.get(mine.name)
+        if method is None:
+            raise InterfaceMismatch(f"{service} ({welcome.service}) has no method {mine.name}")
+        if method.parameters[: len(mine.parameters)] != mine.parameters or method.nr_required > len(mine.parameters):
+            raise InterfaceMismatch(
+                f"{service}.{mine.name} is {mine.name}{method.signature} there, and {mine.name}{mine.signature} here"
+            )
+
+
+class Backoff:
+    """Growing pauses between attempts, with jitter."""
+
+    def __init__(self) -> None:
+        self._seconds = FIRST_BACKOFF
+
+    def pause(self) -> float:
+        """Return the seconds to wait before the next attempt."""
+        seconds = self._seconds * random.uniform(0.5, 1.0)
+        self._seconds = min(2 * self._seconds, LONGEST_BACKOFF)
+        return seconds
+
+
+class Link:
+    """A service and the connection to it, made anew when it is lost. Shared by all views of one client."""
+
+    def __init__(
+        self,
+        host: Host,
+        service: str,
+        transport: endpoint.Transport,
+        interface: Interface | None,
+        marshaller: Marshaller,
+        connect_timeout: float,
+    ) -> None:
+        if transport not in ("auto", "ring", "tcp"):
+            raise ValueError(f"transport: 'auto', 'ring' or 'tcp', not {transport!r}")
+        self.host = host
+        self.service = service
+        self.transport: endpoint.Transport = transport
+        self.interface = interface
+        self.marshaller = marshaller
+        self.connect_timeout = connect_timeout
+        self.closed = False
+        self.nr_connects = 0
+        self._lock = threading.Lock()
+        self.connection: SyncConnection | None = None
+        self.table: MethodTable | None = None
+
+    def open(self, timeout: float) -> tuple[Channel, Welcome]:
+        """Connect, and check what is there."""
+        channel, welcome = endpoint.connect(self.host, self.service, self.transport, timeout)
+        try:
+            if self.interface is not None:
+                check_interface(self.service, welcome, self.interface)
+            self.table = MethodTable(welcome, self.interface)
+        except BaseException:
+            channel.close()
+            raise
+        self.nr_connects += 1
+        return channel, welcome
+
+    def get(self, deadline: float | None) -> SyncConnection:
+        """Return a connection that works; make one if need be."""
+        connection = self.connection
+        if connection is not None and connection.lost is None and not connection.leaving:
+            return connection
+        with self._lock:
+            connection = self.connection
+            if self.closed:
+                raise PeerLost(f"{self.service}: the client was closed")
+            if connection is not None:
+                if connection.lost is None and not connection.leaving:
+                    return connection
+                if connection.lost is not None or not connection.pending:
+                    connection.close(connection.lost or PeerLost(f"{self.service}: reconnecting"))
+                self.connection = None
+            self.connection = self._connect(deadline)
+            return self.connection
+
+    def _connect(self, deadline: float | None) -> SyncConnection:
+        """Try until it works or the time is over: a service that restarts is back soon."""
+        limit = time.monotonic() + self.connect_timeout
+        give_up = limit if deadline is None else min(limit, deadline)
+        backoff = Backoff()
+        while True:
+            left = give_up - time.monotonic()
+            try:
+                channel, welcome = self.open(max(0.05, left))
+                return SyncConnection(self.host, self.service, channel, welcome)
+            except (PeerLost, ServiceNotFound) as error:
+                pause = backoff.pause()
+                if self.closed or self.nr_connects == 0 or time.monotonic() + pause >= give_up:
+                    raise error
+                time.sleep(pause)
+
+    def close(self) -> None:
+        """End the connection."""
+        with self._lock:
+            self.closed = True
+            if self.connection is not None:
+                self.connection.close(PeerLost(f"{self.service}: the client was closed"))
+                self.connection = None
+
+
+class Client:
+    """A service, called from here: its methods are the service's. Made by :meth:`Host.connect`; thread-safe.
+
+    ``client.method(...)`` waits for the result, ``client.future.method(...)`` returns a CallFuture, ``await
+    client.aio.method(...)`` is for asyncio. ``client.using(timeout=1).method(...)`` calls with other options.
+    """
+
+    def __init__(self, link: Link, options: Options) -> None:
+        self._link = link
+        self._options = options
+        self._aio: AsyncMethods | None = None
+
+    # Methods of the service are found here, once; afterwards they are attributes.
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._link.table is None:
+            self._link.get(None)
+        assert self._link.table is not None
+        self._link.table.get(self._link.service, name)
+        bound = _Caller(self._link, self._options, name)
+        self.__dict__[name] = bound
+        return bound
+
+    def __dir__(self) -> list[str]:
+        table = self._link.table
+        return sorted({*object.__dir__(self), *(table.methods if table else ())})
+
+    @property
+    def future(self) -> FutureMethods:
+        """The methods of the service, returning a CallFuture at once: many calls outstanding on one connection."""
+        return FutureMethods(self)
+
+    @property
+    def aio(self) -> AsyncMethods:
+        """The methods of the service as coroutines, for the running asyncio loop; a connection of its own."""
+        if self._aio is None:
+            from .aio import AsyncMethods
+
+            self._aio = AsyncMethods(self._link, self._options)
+        return self._aio
+
+    def using(
+        self,
+        *,
+        timeout: float | None = ...,  # type: ignore[assignment]
+        transfer: Transfer | None = None,
+        serializer: Serializer | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> Any:
+        """Return the same client with other options; the connection is shared.
+
+        Args:
+            timeout: seconds per call; None: none of its own.
+            transfer: "auto", "value", "ref", "copy".
+            serializer: "msgpack" or "pickle".
+            metadata: sent along with every call, added to the client's.
+        """
+        mine = self._options
+        options = Options(
+            mine.timeout if timeout is ... else timeout,  # type: ignore[comparison-overlap]
+            transfer or mine.transfer,
+            serializer or mine.serializer,
+            {**mine.metadata, **(metadata or {})},
+            mine.interceptors,
+        )
+        return Client(self._link, options)
+
+    def close(self) -> None:
+        """End the connection; calls under way fail with PeerLost. Idempotent."""
+        if self._aio is not None:
+            self._aio.close_soon()
+        self._link.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        connection = self._link.connection
+        how = connection.channel.kind if connection is not None and connection.lost is None else "not connected"
+        return f"<Client of {self._link.service!r}, {how}>"
+
+
+_NO_ARGUMENTS = Encoded(b"\x90", 0, b"", [], 0)
+
+
+class Prepared:
+    """Makes the calls of one method."""
+
+    __slots__ = ("link", "meta", "method", "name", "number", "options", "reader", "table")
+
+    def __init__(self, link: Link, options: Options, name: str) -> None:
+        self.link = link
+        self.options = options
+        self.name = name
+        self.table: MethodTable | None = None
+        self.meta = frames.encode(options.metadata) if options.metadata else b""
+
+    def look_up(self) -> None:
+        """Find the method in the table of the connection, which may be a new one."""
+        table = self.link.table
+        assert table is not None
+        self.number, self.method = table.get(self.link.service, self.name)
+        self.reader = table.readers[self.name]
+        self.table = table
+
+    def deadline(self, timeout: float | None) -> float | None:
+        """Return when the call is to end: its own time-out, or the caller's up the chain."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        call = _current.get()
+        if call is not None:
+            call.check()
+            if call.deadline is not None and (deadline is None or call.deadline < deadline):
+                deadline = call.deadline
+        return deadline
+
+    def encode(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Encoded:
+        """Return the arguments as the parts of a frame."""
+        method, options = self.method, self.options
+        if keywords or not method.nr_required <= len(arguments) <= len(method.parameters):
+            arguments = positional(self.link.service, method, arguments, keywords)
+        if not arguments and options.serializer == "msgpack":
+            return _NO_ARGUMENTS
+        return self.link.marshaller.write(arguments, options.transfer, options.serializer)
+
+    def head(self, pending: Pending, encoded: Encoded, meta: bytes) -> bytes:
+        """Return the frame of a call that has its id, up to the inline part."""
+        left = 0
+        if pending.deadline is not None:
+            left = int((pending.deadline - time.monotonic()) * 1e6)
+            if left <= 0:
+                raise DeadlineExceeded(f"{self.link.service}.{self.name}: no time is left")
+        return frames.head(
+            Kind.CALL,
+            pending.call_id,
+            flags=FLAGS_OF[self.options.transfer] | encoded.flags,
+            refs=encoded.refs,
+            meta=meta,
+            body=encoded.body,
+            method=self.number,
+            time_left_us=left,
+            inline_bytes=encoded.inline_bytes,
+        )
+
+
+class _Caller(Prepared):
+    """A method of a client."""
+
+    __slots__ = ()
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.options.interceptors:
+            return self._intercepted(arguments, keywords)
+        return self._wait(self.start(arguments, keywords, self.options.timeout, self.meta))
+
+    def _wait(self, pending: SyncPending) -> Any:
+        call = _current.get()
+        if call is None:
+            pending.connection.await_(pending)
+        else:  # a nested call
+            if call.about_to_block is not None:
+                call.about_to_block()
+            forget = call.when_cancelled(
+                lambda: pending.connection.give_up(pending, CallCancelled(f"{call.method}: the caller cancelled"))
+            )
+            try:
+                pending.connection.await_(pending)
+            finally:
+                forget()
+        if pending.error is not None:
+            raise pending.error
+        return pending.value
+
+    def start(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any], timeout: float | None, meta: bytes
+    ) -> SyncPending:
+        """Send a call. When the connection turns out to be dead before the call is sent, over a new one."""
+        link = self.link
+        deadline = self.deadline(timeout)
+        connection = link.get(deadline)
+        if self.table is not link.table:
+            self.look_up()
+        encoded = self.encode(arguments, keywords)
+        pending = SyncPending(self.name, self.reader, deadline)
+        pending.refs = bytes(encoded.refs)
+        try:
+            try:
+                connection.submit(self, pending, encoded, meta)
+            except PeerLost:
+                connection = link.get(deadline)
+                if self.table is not link.table:
+                    self.look_up()
+                    pending.reader = self.reader
+                connection.submit(self, pending, encoded, meta)
+        except BaseException:
+            if pending.refs:
+                link.host.drop_refs(pending.refs)
+            raise
+        return pending
+
+    def _intercepted(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if self.table is None:
+            self.link.get(self.deadline(self.options.timeout))
+            self.look_up()
+        arguments = positional(self.link.service, self.method, arguments, keywords)
+        outbound = Outbound(
+            self.link.service, self.name, arguments, dict(self.options.metadata), self.options.timeout
+        )
+
+        def proceed() -> Any:
+            meta = frames.encode(outbound.metadata) if outbound.metadata else b""
+            return self._wait(self.start(outbound.arguments, {}, outbound.timeout, meta))
+
+        for interceptor in reversed(self.options.interceptors):
+            proceed = _Step(interceptor, outbound, proceed)
+        return proceed()
+
+
+class _Step:
+    """An interceptor and what comes behind it."""
+
+    __slots__ = ("interceptor", "outbound", "proceed")
+
+    def __init__(self, interceptor: ClientInterceptor, outbound: Outbound, proceed: Callable[[], Any]) -> None:
+        self.interceptor = interceptor
+        self.outbound = outbound
+        self.proceed = proceed
+
+    def __call__(self) -> Any:
+        return self.interceptor(self.outbound, self.proceed)
+
+
+class FutureMethods:
+    """The methods of a service; each returns a :class:`CallFuture`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Callable[..., CallFuture]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        caller: _Caller = getattr(self._client, name)
+
+        def start(*arguments: Any, **keywords: Any) -> CallFuture:
+            pending = caller.start(arguments, keywords, caller.options.timeout, caller.meta)
+            if len(pending.connection.pending) > READ_ALONG:
+                pending.connection.poll()
+            return CallFuture(pending)
+
+        self.__dict__[name] = start
+        return start

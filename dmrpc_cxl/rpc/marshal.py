@@ -1,0 +1,652 @@
+"""Values to messages and back; large data leaves the message and goes by Ref.
+
+msgpack (msgspec) writes plain values, dataclasses and structs. What has its memory outside of them becomes a msgpack
+extension that says where to find it:
+
+==  =========  =====================================================================
+1   array      (place, nbytes, dtype, shape): an ndarray
+2   blob       (place, nbytes, kind): bytes, a bytearray, a memoryview or a Buffer
+3   Ref        place: a Ref that the user sent as such
+==  =========  =====================================================================
+
+A place >= 0 is the number of a Ref in the frame; -1 - n is byte n of the frame's inline part.
+
+Which way, by ``transfer``:
+
+=======  ===========================================================================================
+auto     by value below the threshold, by Ref from there on; by value as well when DM is exhausted
+value    always in the message. The pass-by-value baseline
+ref      always by Ref
+copy     by Ref, but memory that is in DM already is copied at once instead of on write. The eager-copy baseline
+=======  ===========================================================================================
+
+By Ref, an array that lies in DM is shared: its pages become copy-on-write and the caller goes on using it. Any other is
+copied into DM once, and that copy is given away. The receiver gets an ndarray over the frames themselves, or over the
+received message; either is writable and its own.
+
+Paper: IV (size-aware transfer).
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+import typing
+import weakref
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+import numpy as np
+
+from .._native import Buffer, Ref
+from ..errors import (
+    BadAddress,
+    BufferInUse,
+    CannotSend,
+    OutOfFrames,
+    RefTableFull,
+    RemoteProtocolError,
+)
+from ..host import Host
+from . import frames
+from .frames import REF_BYTES, Flag, Frame
+
+__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
+
+Transfer: TypeAlias = Literal["auto", "value", "ref", "copy"]
+Serializer: TypeAlias = Literal["msgpack", "pickle"]
+TRANSFERS: tuple[Transfer, ...] = ("auto", "value", "ref", "copy")
+
+ARRAY, BLOB, REF = 1, 2, 3
+BYTES, BYTEARRAY, VIEW = 0, 1, 2  # kinds of blobs
+GIL_BYTES = 65536  # copies from here on go through numpy, which lets other threads run
+ALIGNMENT = frames.INLINE_ALIGNMENT
+
+FLAGS_OF: dict[Transfer, int] = {"auto": 0, "value": Flag.VALUE, "ref": Flag.REF, "copy": Flag.COPY}
+TRANSFER_OF: dict[int, Transfer] = {int(flag): name for name, flag in FLAGS_OF.items()}
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack_array = msgspec.msgpack.Decoder(tuple[int, int, Any, tuple[int, ...]]).decode
+_unpack_blob = msgspec.msgpack.Decoder(tuple[int, int, int]).decode
+_unpack_ref = msgspec.msgpack.Decoder(int).decode
+_dtypes: dict[str, np.dtype[Any]] = {}
+
+
+class Encoded(NamedTuple):
+    """A value, ready for a frame."""
+
+    body: bytes
+    flags: int
+    refs: bytes | bytearray  # held by this host until somebody accepts them
+    inline: list[memoryview | bytes]
+    inline_bytes: int
+
+
+class Moved:
+    """An array or buffer that was given away: it can be sent once. Made by :func:`move`."""
+
+    __slots__ = ("dtype", "ref", "shape")
+
+    def __init__(self, ref: Ref, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> None:
+        self.ref = ref
+        self.dtype = dtype  # None: a Buffer
+        self.shape = shape
+
+    def __repr__(self) -> str:
+        return f"<Moved {self.ref.nbytes} bytes>"
+
+
+class _Blob:
+    """Bytes that leave the message."""
+
+    __slots__ = ("data", "kind")
+
+    def __init__(self, data: memoryview, kind: int) -> None:
+        self.data = data
+        self.kind = kind
+
+
+# ---------------------------------------------------------------- arrays in DM
+
+
+def _buffer_under(array: np.ndarray[Any, Any]) -> Buffer | None:
+    """Return the Buffer that an array shows whole, made by Buffer.numpy() and nobody else's view."""
+    base = array.base
+    if type(base) is not np.ndarray or type(base.base) is not memoryview:
+        return None
+    buffer = base.base.obj
+    if not isinstance(buffer, Buffer) or buffer.freed or buffer.views != 1:
+        return None
+    if sys.getrefcount(base) > _LONELY_BASE:  # a slice of the array would be one more
+        return None
+    whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
+    return buffer if whole and array.__array_interface__["data"][0] == buffer.address else None
+
+
+def _count_of_a_fresh_base() -> int:
+    array = np.ndarray((1,), "u1", buffer=np.frombuffer(bytearray(1), "u1"))
+    base = array.base
+    return sys.getrefcount(base)
+
+
+_LONELY_BASE = _count_of_a_fresh_base()
+_EMPTY = (1, (0,), np.dtype("u1"), False, b"")
+
+
+def _disarm(array: np.ndarray[Any, Any]) -> None:
+    """Make an array empty in place, so that nothing can reach the memory that it showed."""
+    array.__setstate__(_EMPTY)
+
+
+def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
+    """Give an array (or Buffer) in DM away, to be sent without sharing: ``service.method(move(array))``.
+
+    The array is empty afterwards. No page is protected or counted, and the receiver gets exclusive memory, whatever the
+    size. What is not sent is freed.
+
+    Args:
+        target: an array that shows all of a Buffer, such as Host.empty, zeros, array and RPC make; or a Buffer.
+
+    Raises:
+        BadAddress: not in DM, or a part only.
+        BufferInUse: other views on the memory are alive.
+    """
+    if isinstance(target, Buffer):
+        return Moved(target.host.create_ref(target, move=True), None, (target.nbytes,))
+    buffer = _buffer_under(target) if isinstance(target, np.ndarray) else None
+    if buffer is None:
+        base = getattr(getattr(target, "base", None), "base", None)
+        if type(base) is memoryview and isinstance(base.obj, Buffer):
+            raise BufferInUse(
+                "move: other views on this array's memory are alive, or it shows a part of it only"
+            )
+        raise BadAddress(
+            "move: this is no array in DM; make it with host.empty() or host.array(), or send it as it is"
+        )
+    return _move_whole(target, buffer)
+
+
+def _move_whole(array: np.ndarray[Any, Any], buffer: Buffer) -> Moved:
+    moved = Moved(buffer.host.move_viewed(buffer), array.dtype, array.shape)
+    _disarm(array)
+    return moved
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _copy_into_dm(host: Host, source: np.ndarray[Any, Any]) -> Ref:
+    """Copy an array into fresh frames and give those away."""
+    buffer = host.ralloc(source.nbytes, zero=False)
+    if source.nbytes < GIL_BYTES and source.flags.c_contiguous:
+        with memoryview(buffer) as to:
+            to[:] = _bytes_of(source)
+    else:
+        target = buffer.numpy(source.dtype, source.shape)
+        np.copyto(target, source)
+        del target
+    return host.create_ref(buffer, move=True)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class _Outgoing:
+    """One value on its way into a frame."""
+
+    __slots__ = (
+        "flags",
+        "host",
+        "inline",
+        "inline_bytes",
+        "may_move",
+        "refs",
+        "threshold",
+        "transfer",
+    )
+
+    def __init__(self, host: Host, transfer: Transfer, threshold: int, may_move: bool) -> None:
+        self.host = host
+        self.transfer = transfer
+        self.threshold = threshold
+        self.may_move = may_move
+        self.flags = 0
+        self.refs = b""
+        self.inline: list[memoryview | bytes] = []
+        self.inline_bytes = 0
+
+    def add(self, value: Any) -> Any:
+        """Return what stands in the message for a value that msgpack cannot hold."""
+        if isinstance(value, np.ndarray):
+            return self._array(value)
+        if isinstance(value, Moved):
+            return self._moved(value)
+        if isinstance(value, _Blob):
+            return self._blob(value)
+        if isinstance(value, Buffer):
+            return self._blob(_Blob(memoryview(value), VIEW))
+        if isinstance(value, Ref):
+            return msgspec.msgpack.Ext(REF, _pack(self._ref(value)))
+        if isinstance(value, np.generic):
+            return value.item()
+        raise CannotSend(
+            f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent: use plain values, dataclasses, "
+            "msgspec structs, arrays and buffers, or serializer='pickle'"
+        )
+
+    def _by_ref(self, nbytes: int) -> bool:
+        return nbytes > 0 and (
+            nbytes >= self.threshold if self.transfer == "auto" else self.transfer != "value"
+        )
+
+    def _ref(self, ref: Ref) -> int:
+        self.refs += ref.to_bytes()
+        return len(self.refs) // REF_BYTES - 1
+
+    def _inline(self, data: memoryview) -> int:
+        gap = -self.inline_bytes % ALIGNMENT
+        if gap:
+            self.inline.append(bytes(gap))
+        place = self.inline_bytes + gap
+        self.inline.append(data)
+        self.inline_bytes = place + data.nbytes
+        return -1 - place
+
+    def _array(self, array: np.ndarray[Any, Any]) -> msgspec.msgpack.Ext:
+        dtype = array.dtype
+        if dtype.hasobject:
+            raise CannotSend(f"an array of {dtype} holds Python objects: use serializer='pickle'")
+        nbytes, shape = array.nbytes, array.shape
+        name: Any = dtype.str if dtype.names is None else np.lib.format.dtype_to_descr(dtype)
+        place = None
+        if self._by_ref(nbytes):
+            try:
+                place = self._ref(self._ref_to(array))
+            except (OutOfFrames, RefTableFull):
+                if self.transfer != "auto" or nbytes > frames.MAX_FRAME_BYTES // 2:
+                    raise
+        if place is None:
+            place = self._inline(_bytes_of(np.ascontiguousarray(array)))
+        return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, shape)))
+
+    def _ref_to(self, array: np.ndarray[Any, Any]) -> Ref:
+        if self.transfer != "copy" and array.flags.c_contiguous and self.host.contains(array):
+            # Only the value that is being sent refers to it: nobody will miss it.
+            if (
+                self.may_move
+                and sys.getrefcount(array) <= _LONELY
+                and not weakref.getweakrefcount(array)
+            ):
+                buffer = _buffer_under(array)
+                if buffer is not None and buffer.host is self.host:
+                    return _move_whole(array, buffer).ref
+            return self.host.create_ref(_bytes_of(array))
+        return _copy_into_dm(self.host, array)
+
+    def _moved(self, moved: Moved) -> msgspec.msgpack.Ext:
+        dtype, nbytes = moved.dtype, moved.ref.nbytes
+        place = self._ref(moved.ref)
+        if dtype is None:
+            return msgspec.msgpack.Ext(BLOB, _pack((place, nbytes, VIEW)))
+        name: Any = dtype.str if dtype.names is None else np.lib.format.dtype_to_descr(dtype)
+        return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, moved.shape)))
+
+    def _blob(self, blob: _Blob) -> msgspec.msgpack.Ext:
+        self.flags |= Flag.BLOBS
+        data = blob.data
+        place = None
+        if self._by_ref(data.nbytes):
+            try:
+                if self.transfer != "copy" and self.host.contains(data):
+                    place = self._ref(self.host.create_ref(data))
+                else:
+                    place = self._ref(_copy_into_dm(self.host, np.frombuffer(data, "u1")))
+            except (OutOfFrames, RefTableFull):
+                if self.transfer != "auto":
+                    raise
+        if place is None:
+            place = self._inline(data)
+        return msgspec.msgpack.Ext(BLOB, _pack((place, data.nbytes, blob.kind)))
+
+    def drop(self) -> None:
+        """Give back the Refs of a value that is not sent after all."""
+        if self.refs:
+            self.host.drop_refs(self.refs)
+
+
+class _Here(threading.local):
+    outgoing: _Outgoing
+    incoming: _Incoming
+
+
+_here = _Here()
+
+
+def _add(value: Any) -> Any:
+    return _here.outgoing.add(value)
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=_add).encode
+
+
+def _count_of_a_lonely_element() -> int:
+    """Return sys.getrefcount of an array that only the value being encoded refers to, seen from _ref_to."""
+    seen: list[int] = []
+
+    class Probe(_Outgoing):
+        __slots__ = ()
+
+        def _ref_to(self, array: np.ndarray[Any, Any]) -> Ref:
+            seen.append(sys.getrefcount(array))
+            raise OutOfFrames
+
+    _here.outgoing = Probe(None, "auto", 0, True)  # type: ignore[arg-type]
+    _encode([np.zeros(1)])
+    return seen[0]
+
+
+_LONELY = _count_of_a_lonely_element()
+
+_BLOBS = (bytes, bytearray, memoryview)
+
+
+def _without_blobs(value: Any, limit: int) -> Any:
+    """Return plain values in which everything of limit bytes and more is a _Blob, and what msgpack cannot hold itself."""
+    kept: dict[int, Any] = {}
+    tokens: list[bytes] = []
+
+    def keep(item: Any) -> bytes:
+        if isinstance(item, np.generic):
+            return item.item()  # type: ignore[no-any-return]
+        token = bytes([len(tokens) & 0xFF]) * 24  # new, so its id is its own
+        tokens.append(token)
+        kept[id(token)] = item
+        return token
+
+    plain = msgspec.to_builtins(value, builtin_types=_BLOBS, enc_hook=keep)
+    return _replace(plain, kept, limit)
+
+
+def _replace(value: Any, kept: dict[int, Any], limit: int) -> Any:
+    if isinstance(value, _BLOBS):
+        if id(value) in kept:
+            return kept[id(value)]
+        if memoryview(value).nbytes < limit:
+            return value
+        kind = (
+            BYTES
+            if isinstance(value, bytes)
+            else BYTEARRAY
+            if isinstance(value, bytearray)
+            else VIEW
+        )
+        view = memoryview(value)
+        return _Blob(
+            view if view.c_contiguous and view.format == "B" else memoryview(view.tobytes()), kind
+        )
+    if isinstance(value, dict):
+        return {
+            _replace(key, kept, sys.maxsize): _replace(item, kept, limit)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_replace(item, kept, limit) for item in value]
+    return value
+
+
+# ---------------------------------------------------------------- reading
+
+
+class _Incoming:
+    """One frame whose value is being read."""
+
+    __slots__ = ("failure", "frame", "host")
+
+    def __init__(self, host: Host, frame: Frame) -> None:
+        self.host = host
+        self.frame = frame
+        self.failure: Exception | None = None
+
+    def read(self, code: int, data: memoryview) -> Any:
+        try:
+            if code == ARRAY:
+                return self._array(*_unpack_array(data))
+            if code == BLOB:
+                return self._blob(*_unpack_blob(data))
+            if code == REF:
+                return Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
+            raise RemoteProtocolError(f"a value of unknown extension type {code}")
+        except msgspec.DecodeError as error:
+            self.failure = RemoteProtocolError(f"an extension that cannot be read: {error}")
+        except Exception as error:  # msgspec would wrap it
+            self.failure = error
+        raise self.failure
+
+    def _ref(self, place: int) -> bytes:
+        if not 0 <= place < self.frame.nr_refs:
+            raise RemoteProtocolError(f"a value in Ref {place} of {self.frame.nr_refs}")
+        return bytes(self.frame.refs[place * REF_BYTES : (place + 1) * REF_BYTES])
+
+    def _inline(self, place: int, nbytes: int) -> int:
+        frame = self.frame
+        at = frame.inline_at + (-1 - place)
+        if not frame.inline_at or nbytes < 0 or at + nbytes > len(frame.data):
+            raise RemoteProtocolError(
+                f"a value of {nbytes} bytes at {-1 - place} of the inline part"
+            )
+        return at
+
+    def _array(
+        self, place: int, nbytes: int, name: Any, shape: tuple[int, ...]
+    ) -> np.ndarray[Any, Any]:
+        dtype = _dtype(name)
+        size = dtype.itemsize
+        for length in shape:
+            if length < 0:
+                raise RemoteProtocolError(f"an array of shape {shape}")
+            size *= length
+        if size != nbytes or len(shape) > 32:
+            raise RemoteProtocolError(f"an array of {dtype}, shape {shape} in {nbytes} bytes")
+        if place < 0:
+            at = self._inline(place, nbytes)
+            return np.ndarray(shape, dtype, buffer=np.frombuffer(self.frame.data, "u1"), offset=at)
+        buffer = self.host.view_ref(self._ref(place))
+        if buffer.nbytes != nbytes:
+            raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
+        return buffer.numpy(dtype, shape)
+
+    def _blob(self, place: int, nbytes: int, kind: int) -> bytes | bytearray | memoryview:
+        if place < 0:
+            at = self._inline(place, nbytes)
+            view = memoryview(self.frame.data)[at : at + nbytes]
+        else:
+            buffer = self.host.view_ref(self._ref(place))
+            if buffer.nbytes != nbytes:
+                raise RemoteProtocolError(f"{nbytes} bytes in a Ref to {buffer.nbytes}")
+            view = memoryview(buffer)
+        return bytes(view) if kind == BYTES else bytearray(view) if kind == BYTEARRAY else view
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    known = _dtypes.get(name) if isinstance(name, str) else None
+    if known is not None:
+        return known
+    try:
+        dtype = (
+            np.dtype(name) if isinstance(name, str) else np.lib.format.descr_to_dtype(_descr(name))
+        )
+    except Exception as error:  # numpy raises nearly anything for these
+        raise RemoteProtocolError(f"an array of unknown type {name!r:.80}: {error}") from None
+    if dtype.hasobject:
+        raise RemoteProtocolError(f"an array of {dtype}, which holds objects")
+    if isinstance(name, str) and len(_dtypes) < 256:
+        _dtypes[name] = dtype
+    return dtype
+
+
+def _descr(name: Any) -> Any:
+    """Lists back to the tuples that numpy wants."""
+    if isinstance(name, list):
+        return [
+            tuple(
+                _descr(part)
+                if isinstance(part, list) and i == 1
+                else tuple(part)
+                if isinstance(part, list)
+                else part
+                for i, part in enumerate(field)
+            )
+            if isinstance(field, list)
+            else field
+            for field in name
+        ]
+    return name
+
+
+def _read(code: int, data: memoryview) -> Any:
+    return _here.incoming.read(code, data)
+
+
+def _check_custom(wanted: Any, value: Any) -> Any:
+    """Tell msgspec whether a value is of a type that it does not know."""
+    origin = typing.get_origin(wanted) or wanted
+    if not isinstance(origin, type) or not isinstance(value, origin):
+        raise ValueError(
+            f"Expected `{getattr(origin, '__name__', origin)}`, got `{type(value).__name__}`"
+        )
+    if origin is np.ndarray and (args := typing.get_args(wanted)):
+        scalars = typing.get_args(args[1])
+        if (
+            scalars
+            and isinstance(scalars[0], type)
+            and not issubclass(value.dtype.type, scalars[0])
+        ):
+            raise ValueError(f"Expected an array of `{scalars[0].__name__}`, got `{value.dtype}`")
+    return value
+
+
+class Reader:
+    """Reads values of one type."""
+
+    def __init__(self, wanted: Any = Any) -> None:
+        self.wanted = wanted
+        self._decode = msgspec.msgpack.Decoder(
+            wanted, ext_hook=_read, dec_hook=_check_custom
+        ).decode
+
+    def read(self, host: Host, frame: Frame) -> Any:
+        """Return the value of a frame; accepts the Refs that it uses.
+
+        Raises:
+            msgspec.ValidationError: it is not of the wanted type.
+            RemoteProtocolError: it cannot be read.
+            RefConsumed, BadRef: a Ref in it is not to be had.
+        """
+        incoming = _here.incoming = _Incoming(host, frame)
+        try:
+            if frame.flags & (Flag.BLOBS | Flag.PICKLED):
+                return self._read_blobs(frame)
+            return self._decode(frame.body)
+        except msgspec.ValidationError:
+            if incoming.failure is not None:
+                raise incoming.failure from None
+            raise
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise RemoteProtocolError(f"a message that cannot be read: {error}") from None
+        finally:
+            del _here.incoming
+
+    def _read_blobs(self, frame: Frame) -> Any:
+        plain = _decode_plain(frame.body)
+        if not frame.flags & Flag.PICKLED:
+            return msgspec.convert(plain, self.wanted, builtin_types=_BLOBS, dec_hook=_check_custom)
+        if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list):
+            raise RemoteProtocolError("a pickle without its list of buffers")
+        try:
+            value = pickle.loads(plain[0], buffers=plain[1])
+        except Exception as error:
+            raise RemoteProtocolError(
+                f"a pickle that cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        return value
+
+
+_decode_plain = msgspec.msgpack.Decoder(ext_hook=_read).decode
+
+
+# ---------------------------------------------------------------- both
+
+
+class Marshaller:
+    """Writes values for one host's messages."""
+
+    def __init__(self, host: Host, threshold: int) -> None:
+        self.host = host
+        self.threshold = threshold
+
+    def write(
+        self,
+        value: Any,
+        transfer: Transfer = "auto",
+        serializer: Serializer = "msgpack",
+        *,
+        may_move: bool = False,
+    ) -> Encoded:
+        """Return a value as the parts of a frame.
+
+        Args:
+            value: plain values, dataclasses, msgspec structs, arrays, buffers; anything picklable with "pickle".
+            transfer: see the head of this file.
+            serializer: how to write it.
+            may_move: nobody will use the value afterwards; arrays in it that nobody else refers to change hands.
+
+        Raises:
+            CannotSend: it cannot be written.
+            OutOfFrames: by Ref was asked for, and DM has no room.
+        """
+        outgoing = _Outgoing(self.host, transfer, self.threshold, may_move)
+        _here.outgoing = outgoing
+        try:
+            if serializer == "pickle":
+                body = self._pickled(value, outgoing)
+            else:
+                body = _encode(value)
+                if transfer != "value" and len(body) > (
+                    self.threshold if transfer == "auto" else REF_BYTES
+                ):
+                    body = self._again_without_blobs(value, outgoing, body)
+        except BaseException as error:
+            outgoing.drop()
+            if isinstance(
+                error, (TypeError, OverflowError, RecursionError, pickle.PicklingError)
+            ) and not isinstance(error, CannotSend):
+                raise CannotSend(f"this value cannot be sent: {error}") from error
+            raise
+        return Encoded(body, outgoing.flags, outgoing.refs, outgoing.inline, outgoing.inline_bytes)
+
+    def _again_without_blobs(self, value: Any, outgoing: _Outgoing, body: bytes) -> bytes:
+        """Large bytes are in the body: write it again with those outside."""
+        limit = outgoing.threshold if outgoing.transfer == "auto" else 1
+        plain = _without_blobs(value, limit)
+        if not _has_blob(plain):
+            return body
+        outgoing.drop()
+        outgoing.refs, outgoing.inline, outgoing.inline_bytes = b"", [], 0
+        return _encode(plain)
+
+    def _pickled(self, value: Any, outgoing: _Outgoing) -> bytes:
+        outside: list[pickle.PickleBuffer] = []
+        raw = pickle.dumps(value, 5, buffer_callback=outside.append)
+        outgoing.flags |= Flag.PICKLED
+        blobs = [_Blob(buffer.raw(), VIEW) for buffer in outside]
+        return _encode((raw, blobs))
+
+
+def _has_blob(value: Any) -> bool:
+    if isinstance(value, _Blob):
+        return True
+    if isinstance(value, dict):
+        return any(_has_blob(item) for item in value.values())
+    return isinstance(value, list) and any(_has_blob(item) for item in value)

@@ -1,0 +1,916 @@
+"""Serving: connections, worker threads, limits, draining.
+
+Who reads. All workers wait for all connections (_native.WaitSet). Whoever gets one takes a frame off it and runs the call
+itself: no hand-over, so a lone client costs one wake-up per call. While a call runs nobody reads on its connection, until
+
+- the method is about to wait for another service: it says so (Call.about_to_block), and another worker is let in;
+- the warden thread, which ticks while calls run, finds unread frames and a call that takes long: it reads them itself and
+  queues them for the other workers. That is also how CANCEL reaches a server whose workers are all busy, and where calls
+  beyond the limits are refused.
+
+Nobody waits for a slow reader: what a connection does not take at once is kept for it, up to a limit, then it is closed.
+
+Refs. Those of a call stay the caller's until its arguments are read. Those of a reply are remembered until somebody has
+accepted them, and dropped when the connection ends or the reply is discarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import logging
+import os
+import select
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+
+from .._native import WaitSet
+from ..errors import (
+    AccessDenied,
+    BadRef,
+    CallCancelled,
+    CannotSend,
+    DeadlineExceeded,
+    DmError,
+    InterfaceMismatch,
+    LocalProtocolError,
+    Overloaded,
+    PeerError,
+    PeerLost,
+    RefConsumed,
+    RemoteProtocolError,
+    ServiceStopping,
+    UnknownMethod,
+    WrongArguments,
+)
+from ..host import Host
+from . import frames
+from .calls import Call, _current
+from .channel import Channel, Parts, RingChannel
+from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
+from .frames import TRANSFER_MASK, Code, Flag, Frame, Kind, Welcome
+from .interface import MISSING, Bound, Interface
+from .marshal import TRANSFER_OF, Marshaller, Serializer
+
+__all__ = ["Interceptor", "Server"]
+
+log = logging.getLogger("dmrpc.rpc")
+
+Interceptor: TypeAlias = Callable[[Call, Callable[[], Any]], Any]
+
+KICK = -1
+TICK_SECONDS = 0.005
+TICKS_WITHOUT_WORK = 20
+MAX_BACKLOG_BYTES = 256 << 20  # kept for a connection that does not read
+UNSETTLED_REPLIES = 64
+_astuple = msgspec.structs.astuple
+
+
+class _Connection:
+    """A client."""
+
+    __slots__ = (
+        "backlog",
+        "backlog_bytes",
+        "calls",
+        "channel",
+        "closed",
+        "inline",
+        "key",
+        "last_id",
+        "read_lock",
+        "send_lock",
+        "unsettled",
+    )
+
+    def __init__(self, channel: Channel, key: int) -> None:
+        self.channel = channel
+        self.key = key
+        self.closed = False
+        self.read_lock = threading.Lock()
+        self.send_lock = threading.Lock()
+        self.last_id = 0
+        self.calls: dict[int, Call] = {}
+        self.inline: dict[
+            int, float
+        ] = {}  # calls that run on the thread that read them, and since when
+        self.backlog: collections.deque[tuple[Parts, int, int]] = (
+            collections.deque()
+        )  # parts, sent, total
+        self.backlog_bytes = 0
+        self.unsettled: collections.deque[tuple[int, bytes]] = (
+            collections.deque()
+        )  # call id, Refs of its reply
+
+
+class Server:
+    """A service that runs. Made by :meth:`Host.serve`; a context manager that stops it.
+
+    Attributes:
+        name: under which it is published.
+        endpoint: what is published.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        service: object,
+        name: str,
+        marshaller: Marshaller,
+        *,
+        threads: int = 8,
+        queue: int = 128,
+        tcp: str | tuple[str, int] | None = "127.0.0.1",
+        ring_bytes: int = RING_BYTES,
+        max_frame: int = frames.MAX_FRAME_BYTES,
+        max_connections: int = 1024,
+        interceptors: Sequence[Interceptor] = (),
+        loop: asyncio.AbstractEventLoop | None = None,
+        pickle: bool = False,
+        tracebacks: bool = True,
+    ) -> None:
+        if threads < 1 or queue < 0 or max_connections < 1:
+            raise ValueError(
+                "a server needs one thread and one connection at least, and no negative queue"
+            )
+        self.host = host
+        self.name = name
+        self.service = service
+        self._marshaller = marshaller
+        interface = Interface(type(service))
+        self._methods: list[Bound] = interface.bind(service)
+        self._welcome = Welcome(
+            frames.PROTOCOL, interface.name, tuple(interface.methods), host.id, pickle, max_frame
+        )
+        self._interceptors = tuple(interceptors)
+        self._pickle = pickle
+        self._tracebacks = tracebacks
+        self._max_threads = threads
+        self._max_queue = queue
+        self._max_connections = max_connections
+        self._ring_bytes = ring_bytes
+        self._given_loop = loop
+        self._loop: asyncio.AbstractEventLoop | None = loop
+        self._loop_thread: threading.Thread | None = None
+
+        self._lock = threading.Lock()  # over what follows
+        self._idle = threading.Condition(self._lock)
+        self._connections: dict[int, _Connection] = {}
+        self._keys = itertools.count(1)
+        self._queue: collections.deque[tuple[_Connection, Frame, Call]] = collections.deque()
+        self._attention: collections.deque[_Connection] = (
+            collections.deque()
+        )  # have frames, and nobody was told
+        self._threads: list[threading.Thread] = []
+        self._waiting: set[int] = set()  # workers in WaitSet.wait
+        self._draining = False
+        self._stopped = False
+        self._warden_parked = True
+        self._nr_served = 0
+        self.counts: collections.Counter[str] = collections.Counter()
+
+        self._waits = WaitSet()
+        self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)[::-1]
+        self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        self._handshakes: dict[int, Handshake] = {}
+        self._controls: dict[int, _Connection] = {}  # control sockets of ring connections
+        self._poll = select.poll()
+        self._poll.register(self._woken, select.POLLIN)
+        unix, ring_name = listen_unix(host.fabric)
+        self._listen(unix, "ring")
+        address = None
+        if tcp is not None:
+            where = (tcp, 0) if isinstance(tcp, str) else tcp
+            try:
+                sock, address = listen_tcp(*where)
+            except OSError as error:
+                unix.close()
+                self._close_all()
+                raise PeerError(f"cannot listen on {where}: {error}") from error
+            self._listen(sock, "tcp")
+        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+        self._warden = threading.Thread(target=self._guard, name=f"{name}-warden", daemon=True)
+        self._warden.start()
+        with self._lock:
+            self._add_worker()
+        try:
+            host.publish(name, self.endpoint)
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Server {self.name!r}: {self._welcome.service}, {len(self._connections)} connections>"
+        )
+
+    # ------------------------------------------------------------ workers
+
+    def _add_worker(self) -> None:
+        thread = threading.Thread(
+            target=self._work, name=f"{self.name}-{len(self._threads)}", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        waits, connections, waiting = self._waits, self._connections, self._waiting
+        me = threading.get_ident()
+        while not self._stopped:
+            waiting.add(me)
+            try:
+                key = waits.wait(None)
+            except ValueError:  # closed
+                return
+            finally:
+                waiting.discard(me)
+            if key == KICK:
+                while self._attention:
+                    with contextlib.suppress(IndexError):
+                        self._attend(self._attention.popleft())
+                self._work_off_queue()
+                continue
+            connection = connections.get(key)
+            if connection is not None:
+                if self._warden_parked:
+                    self._kick_warden()
+                self._attend(connection)
+                if self._queue:
+                    self._work_off_queue()
+
+    def _attend(self, connection: _Connection) -> None:
+        """Read and run what a connection has, until it has nothing or somebody else reads it."""
+        channel = connection.channel
+        while not connection.closed:
+            if not connection.read_lock.acquire(False):
+                return
+            try:
+                try:
+                    data = channel.recv()
+                    if data is None:
+                        if connection.backlog:
+                            self._flush(connection)
+                        if channel.arm():
+                            continue
+                        return
+                    frame = frames.parse(data)
+                    del data
+                    call = self._admit(connection, frame)
+                except (PeerLost, ValueError) as error:
+                    self._close(connection, error)
+                    return
+                except RemoteProtocolError as error:
+                    self._violation(connection, error)
+                    return
+            finally:
+                connection.read_lock.release()
+            if call is None:
+                continue
+            call_id = frame.call_id
+            connection.inline[call_id] = time.monotonic()
+            call.about_to_block = lambda: self._let_others_in(connection)
+            try:
+                self._run(connection, frame, call)
+            finally:
+                del connection.inline[call_id]
+            del frame, call
+
+    def _let_others_in(self, connection: _Connection) -> None:
+        """The call that this thread runs is about to wait for another service."""
+        if connection.closed or not connection.read_lock.acquire(False):
+            return
+        try:
+            more = connection.channel.arm()
+        except ValueError:
+            return
+        finally:
+            connection.read_lock.release()
+        with self._lock:
+            if not self._waiting and len(self._threads) < self._max_threads and not self._stopped:
+                self._add_worker()
+        if more:
+            self._attention.append(connection)
+            self._waits.kick(1)
+
+    def _work_off_queue(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    return
+                connection, frame, call = self._queue.popleft()
+            self._run(connection, frame, call)
+            del connection, frame, call
+
+    # ------------------------------------------------------------ frames
+
+    def _admit(self, connection: _Connection, frame: Frame) -> Call | None:
+        """Look at a frame that was just read; return the call that is to be run for it. Context: read_lock held."""
+        if frame.kind == Kind.CALL:
+            call_id = frame.call_id
+            if call_id <= connection.last_id:
+                raise RemoteProtocolError(f"call {call_id} came after call {connection.last_id}")
+            connection.last_id = call_id
+            deadline = time.monotonic() + frame.time_left_us * 1e-6 if frame.time_left_us else None
+            if frame.method >= len(self._methods):
+                self._refuse(
+                    connection,
+                    call_id,
+                    Code.UNKNOWN_METHOD,
+                    UnknownMethod(f"no method {frame.method}"),
+                )
+                return None
+            if self._draining:
+                self._refuse(
+                    connection,
+                    call_id,
+                    Code.STOPPING,
+                    ServiceStopping(f"{self.name} is being stopped"),
+                )
+                return None
+            call = Call(
+                self._methods[frame.method].name, frames.read_meta(frame), deadline, connection.key
+            )
+            connection.calls[call_id] = call
+            return call
+        if frame.kind == Kind.CANCEL:
+            self._cancel(connection, frame.call_id)
+        elif frame.kind == Kind.DISCARD:
+            self._discard(connection, frame.call_id)
+        else:
+            raise RemoteProtocolError(f"a client does not send frames of kind {frame.kind}")
+        return None
+
+    def _cancel(self, connection: _Connection, call_id: int) -> None:
+        call = connection.calls.get(call_id)
+        if call is not None:
+            self.counts["cancelled"] += 1
+            call.cancel()
+
+    def _discard(self, connection: _Connection, call_id: int) -> None:
+        for known, refs in list(connection.unsettled):
+            if known == call_id:
+                self.host.drop_refs(refs)
+
+    def _refuse(self, connection: _Connection, call_id: int, code: Code, error: DmError) -> None:
+        self.counts[code.name.lower()] += 1
+        self._send(connection, (error_frame(call_id, code, error),))
+
+    def _violation(self, connection: _Connection, error: RemoteProtocolError) -> None:
+        log.warning("%s: closing a connection: %s", self.name, error)
+        self.counts["violations"] += 1
+        with contextlib.suppress(DmError, ValueError):
+            self._send(connection, (error_frame(0, Code.VERSION, error),))
+        self._close(connection, error)
+
+    # ------------------------------------------------------------ calls
+
+    def _run(self, connection: _Connection, frame: Frame, call: Call) -> None:
+        """Run a call and answer it. Never raises."""
+        bound = self._methods[frame.method]
+        call_id = frame.call_id
+        token = _current.set(call)
+        phase = Code.BAD_ARGUMENTS
+        try:
+            call.check()
+            box = [self._arguments(bound, frame)]
+            phase = Code.REMOTE
+            if bound.is_async:
+                self._start_async(connection, frame, call, bound, box)
+                return
+            self._invoke(call, bound.function, box)
+            phase = Code.BAD_RESULT
+            self._reply(connection, call_id, frame.flags, box)
+        except BaseException as error:  # whatever a method raises is the caller's
+            self._failed(connection, call_id, error, phase)
+        finally:
+            _current.reset(token)
+        self._settle(connection, call_id)
+
+    def _invoke(self, call: Call, function: Callable[..., Any], box: list[Any]) -> None:
+        """Put the result of a function where its arguments were; whatever it returns is referred to by the box alone."""
+        if not self._interceptors:
+            box.append(function(*box.pop()))
+            return
+
+        def proceed() -> Any:
+            return function(*box.pop())
+
+        for interceptor in reversed(self._interceptors):
+            proceed = _Step(interceptor, call, proceed)
+        box.append(proceed())
+
+    def _arguments(self, bound: Bound, frame: Frame) -> Sequence[Any]:
+        if frame.flags & Flag.PICKLED:
+            if not self._pickle:
+                raise AccessDenied(
+                    f"{self.name} takes no pickled arguments: serve(..., pickle=True) would"
+                )
+            arguments = bound.reader.read(self.host, frame)
+            if (
+                not isinstance(arguments, (tuple, list))
+                or not bound.nr_required <= len(arguments) <= bound.nr_max
+            ):
+                raise WrongArguments(
+                    f"{bound.name} takes {bound.nr_required} to {bound.nr_max} arguments"
+                )
+            return arguments
+        if bound.takes_none and frame.body_bytes == 1:
+            return ()
+        try:
+            values = _astuple(bound.reader.read(self.host, frame))
+        except msgspec.ValidationError as error:
+            raise WrongArguments(
+                f"{bound.name}: {_named(str(error), bound, self._welcome)}"
+            ) from None
+        while values and values[-1] is MISSING:
+            values = values[:-1]
+        return values
+
+    def _reply(self, connection: _Connection, call_id: int, flags: int, box: list[Any]) -> None:
+        """Send box[0]; afterwards the box is empty."""
+        serializer: Serializer = "pickle" if flags & Flag.PICKLED else "msgpack"
+        try:
+            encoded = self._marshaller.write(
+                box, TRANSFER_OF[flags & TRANSFER_MASK], serializer, may_move=True
+            )
+        finally:
+            box.clear()
+        refs = bytes(encoded.refs)
+        try:
+            head = frames.head(
+                Kind.REPLY,
+                call_id,
+                flags=encoded.flags,
+                refs=refs,
+                body=encoded.body,
+                inline_bytes=encoded.inline_bytes,
+            )
+            if refs:
+                self._remember(connection, call_id, refs)
+            self._send(connection, (head, *encoded.inline))
+        except BaseException:
+            if refs:
+                self.host.drop_refs(refs)
+            raise
+        if refs and connection.closed:  # it may have been closed before they were remembered
+            self.host.drop_refs(refs)
+
+    def _remember(self, connection: _Connection, call_id: int, refs: bytes) -> None:
+        unsettled = connection.unsettled
+        with connection.send_lock:
+            while len(unsettled) >= UNSETTLED_REPLIES and not self._any_held(unsettled[0][1]):
+                unsettled.popleft()
+            unsettled.append((call_id, refs))
+
+    def _any_held(self, refs: bytes) -> bool:
+        size = frames.REF_BYTES
+        return any(self.host.ref_is_held(refs[at : at + size]) for at in range(0, len(refs), size))
+
+    def _failed(
+        self, connection: _Connection, call_id: int, error: BaseException, phase: Code
+    ) -> None:
+        code = self._diagnosis(error, phase)
+        text = ""
+        if code == Code.REMOTE and self._tracebacks:
+            text = "".join(traceback.format_exception(error))
+        self.counts["failed"] += 1
+        with contextlib.suppress(DmError, ValueError, OSError):
+            self._send(connection, (error_frame(call_id, code, error, text),))
+
+    @staticmethod
+    def _diagnosis(error: BaseException, phase: Code) -> Code:
+        if isinstance(error, (CallCancelled, asyncio.CancelledError)):
+            return Code.CANCELLED
+        if isinstance(error, DeadlineExceeded):
+            return Code.DEADLINE
+        if phase == Code.BAD_ARGUMENTS:
+            if isinstance(error, AccessDenied):
+                return Code.NOT_ALLOWED
+            if isinstance(error, (RefConsumed, BadRef)):
+                return Code.BAD_REF
+            return (
+                phase if isinstance(error, (WrongArguments, RemoteProtocolError)) else Code.REMOTE
+            )
+        if phase == Code.BAD_RESULT and isinstance(error, (CannotSend, LocalProtocolError)):
+            return phase
+        return Code.REMOTE
+
+    def _settle(self, connection: _Connection, call_id: int) -> None:
+        connection.calls.pop(call_id, None)
+        self._nr_served += 1
+        if self._draining:
+            with self._idle:
+                self._idle.notify_all()
+
+    # ------------------------------------------------------------ async methods
+
+    def _start_async(
+        self, connection: _Connection, frame: Frame, call: Call, bound: Bound, box: list[Any]
+    ) -> None:
+        loop = self._running_loop()
+        call_id, flags = frame.call_id, frame.flags
+
+        async def run() -> None:
+            token = _current.set(call)
+            forget = call.when_cancelled(lambda: loop.call_soon_threadsafe(task.cancel))
+            phase = Code.REMOTE
+            try:
+                call.about_to_block = None
+                self._invoke(call, bound.function, box)
+                box.append(await box.pop())
+                phase = Code.BAD_RESULT
+                self._reply(connection, call_id, flags, box)
+            except BaseException as error:
+                self._failed(connection, call_id, error, phase)
+            finally:
+                forget()
+                _current.reset(token)
+                self._settle(connection, call_id)
+
+        task: asyncio.Task[None]
+
+        def begin() -> None:
+            nonlocal task
+            task = loop.create_task(run())
+
+        loop.call_soon_threadsafe(begin)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._loop_thread = threading.Thread(
+                    target=self._loop.run_forever, name=f"{self.name}-loop", daemon=True
+                )
+                self._loop_thread.start()
+            return self._loop
+
+    # ------------------------------------------------------------ sending
+
+    def _send(self, connection: _Connection, parts: Parts) -> None:
+        with connection.send_lock:
+            if connection.closed:
+                raise PeerLost("the caller is gone")
+            total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
+            sent = 0
+            if not connection.backlog:
+                sent = connection.channel.try_send(parts, 0)
+                if sent == total:
+                    return
+            connection.backlog.append((parts, sent, total))
+            connection.backlog_bytes += total - sent
+            if connection.backlog_bytes <= MAX_BACKLOG_BYTES:
+                return
+        self.counts["slow readers"] += 1
+        self._close(connection, PeerLost(f"it left {connection.backlog_bytes} bytes unread"))
+        raise PeerLost("the caller does not read its replies")
+
+    def _flush(self, connection: _Connection) -> None:
+        with connection.send_lock:
+            while connection.backlog and not connection.closed:
+                parts, sent, total = connection.backlog[0]
+                n = connection.channel.try_send(parts, sent)
+                connection.backlog_bytes -= n
+                if sent + n < total:
+                    connection.backlog[0] = (parts, sent + n, total)
+                    return
+                connection.backlog.popleft()
+
+    # ------------------------------------------------------------ connections
+
+    def _close(self, connection: _Connection, reason: BaseException | None = None) -> None:
+        """Let a connection go, with everything that only it needed."""
+        with self._lock:
+            if self._connections.pop(connection.key, None) is None:
+                return
+            for fd, known in list(self._controls.items()):
+                if known is connection:
+                    del self._controls[fd]
+                    self._unwatch(fd)
+        connection.closed = True
+        channel = connection.channel
+        if isinstance(channel, RingChannel):
+            self._waits.remove(channel.ring)
+        else:
+            self._waits.remove(channel.fileno())
+        with connection.send_lock:
+            channel.close()
+            unsettled = b"".join(refs for _, refs in connection.unsettled)
+            connection.unsettled.clear()
+            connection.backlog.clear()
+        if unsettled and not self.host.detached:
+            self.host.drop_refs(unsettled)
+        for call in list(connection.calls.values()):
+            call.cancel()
+        log.debug("%s: connection %d closed: %s", self.name, connection.key, reason)
+
+    def _unwatch(self, fd: int) -> None:
+        with contextlib.suppress(KeyError, OSError, ValueError):
+            self._poll.unregister(fd)
+
+    def _open(self, channel: Channel) -> None:
+        connection = _Connection(channel, next(self._keys))
+        with self._lock:
+            self._connections[connection.key] = connection
+        if isinstance(channel, RingChannel):
+            fd = channel.control.fileno()
+            self._controls[fd] = connection
+            self._poll.register(fd, select.POLLIN)
+            self._waits.add_ring(channel.ring, connection.key)
+        else:
+            self._waits.add_fd(channel.fileno(), connection.key)
+
+    # ------------------------------------------------------------ the warden
+
+    def _listen(self, sock: socket.socket, kind: str) -> None:
+        self._listeners[sock.fileno()] = (sock, kind)
+        self._poll.register(sock, select.POLLIN)
+
+    def _kick_warden(self) -> None:
+        self._warden_parked = False
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake, b"x")
+
+    def _guard(self) -> None:
+        """Accept, shake hands, notice ends; tick while calls run."""
+        quiet = served = 0
+        while not self._stopped:
+            busy = quiet < TICKS_WITHOUT_WORK or self._handshakes
+            self._warden_parked = not busy
+            try:
+                events = self._poll.poll(TICK_SECONDS * 1e3 if busy else None)
+                for fd, event in events:
+                    self._event(fd, event)
+                self._expire_handshakes()
+                if self._tick() or self._nr_served != served or events:
+                    quiet, served = 0, self._nr_served
+                else:
+                    quiet += 1
+            except Exception:
+                if self._stopped:
+                    return
+                log.exception("%s: the warden stumbled", self.name)
+
+    def _event(self, fd: int, event: int) -> None:
+        if fd == self._woken:
+            with contextlib.suppress(BlockingIOError):
+                os.read(fd, 65536)
+        elif fd in self._listeners:
+            self._accept(*self._listeners[fd])
+        elif fd in self._handshakes:
+            self._shake(fd)
+        elif fd in self._controls:  # the protocol says nothing there any more: it has ended
+            connection = self._controls[fd]
+            assert isinstance(connection.channel, RingChannel)
+            connection.channel.peer_ended()
+            self._read_to_the_end(connection)
+            self._close(connection, PeerLost("the client closed the connection or died"))
+        else:
+            self._unwatch(fd)
+
+    def _read_to_the_end(self, connection: _Connection) -> None:
+        """A client that ended may have sent DISCARD last."""
+        with connection.read_lock, contextlib.suppress(PeerLost, RemoteProtocolError, ValueError):
+            while (data := connection.channel.recv()) is not None:
+                frame = frames.parse(data)
+                if frame.kind == Kind.DISCARD:
+                    self._discard(connection, frame.call_id)
+
+    def _accept(self, listener: socket.socket, kind: str) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:  # out of descriptors, for one
+                log.warning("%s: cannot accept: %s", self.name, error)
+                self.counts["not accepted"] += 1
+                time.sleep(TICK_SECONDS)
+                return
+            handshake = Handshake(sock, kind)
+            if len(self._connections) + len(self._handshakes) >= self._max_connections:
+                handshake.refuse(
+                    Code.OVERLOADED,
+                    Overloaded(f"{self.name} has {self._max_connections} connections already"),
+                )
+                continue
+            self._handshakes[sock.fileno()] = handshake
+            self._poll.register(sock, select.POLLIN)
+
+    def _shake(self, fd: int) -> None:
+        handshake = self._handshakes[fd]
+        try:
+            hello = handshake.read(self.host)
+            if hello is None:
+                return
+            self._end_handshake(fd)
+            if hello.service != self.name:
+                error = PeerError(f"{hello.service!r} is not served here, but {self.name!r}")
+                handshake.refuse(Code.UNKNOWN_SERVICE, error)
+                return
+            self._open(handshake.welcome(self._welcome, self._ring_bytes))
+        except AccessDenied as error:
+            self._bad_handshake(fd, handshake, Code.DENIED, error)
+        except InterfaceMismatch as error:
+            self._bad_handshake(fd, handshake, Code.VERSION, error)
+        except (DmError, OSError) as error:
+            self._end_handshake(fd)
+            self.counts["bad handshakes"] += 1
+            log.debug("%s: a handshake failed: %s", self.name, error)
+            handshake.channel.close()
+
+    def _bad_handshake(self, fd: int, handshake: Handshake, code: Code, error: DmError) -> None:
+        self._end_handshake(fd)
+        self.counts["bad handshakes"] += 1
+        log.warning("%s: refused a connection: %s", self.name, error)
+        handshake.refuse(code, error)
+
+    def _end_handshake(self, fd: int) -> None:
+        if self._handshakes.pop(fd, None) is not None:
+            self._unwatch(fd)
+
+    def _expire_handshakes(self) -> None:
+        now = time.monotonic()
+        for fd, handshake in list(self._handshakes.items()):
+            if now > handshake.give_up:
+                self._end_handshake(fd)
+                self.counts["bad handshakes"] += 1
+                handshake.channel.close()
+
+    def _tick(self) -> bool:
+        """Read where a call that takes long keeps others from being read. Tell whether anything was running."""
+        now, busy = time.monotonic(), False
+        for connection in list(self._connections.values()):
+            if connection.inline:
+                busy = True
+                if now - max(list(connection.inline.values()), default=now) >= TICK_SECONDS:
+                    self._read_aside(connection)
+        if self._queue:
+            busy = True
+            self._expire_queue()
+        return busy
+
+    def _read_aside(self, connection: _Connection) -> None:
+        """Queue what a busy connection has."""
+        nr_queued = 0
+        while not connection.closed:
+            if not connection.read_lock.acquire(False):
+                break
+            try:
+                data = connection.channel.recv()
+                if data is None:
+                    break
+                frame = frames.parse(data)
+                call = self._admit(connection, frame)
+            except (PeerLost, ValueError) as error:
+                self._close(connection, error)
+                return
+            except RemoteProtocolError as error:
+                self._violation(connection, error)
+                return
+            finally:
+                connection.read_lock.release()
+            if call is None:
+                continue
+            if len(self._queue) >= self._max_queue:
+                connection.calls.pop(frame.call_id, None)
+                self._refuse(
+                    connection,
+                    frame.call_id,
+                    Code.OVERLOADED,
+                    Overloaded(
+                        f"{self.name} runs {self._max_threads} calls at once and has {self._max_queue} waiting"
+                    ),
+                )
+                continue
+            call.about_to_block = self._call_others
+            self._queue.append((connection, frame, call))
+            nr_queued += 1
+        if nr_queued:
+            self._call_others(nr_queued)
+
+    def _call_others(self, n: int = 1) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            for _ in range(n - len(self._waiting)):
+                if len(self._threads) < self._max_threads:
+                    self._add_worker()
+        self._waits.kick(n)
+
+    def _expire_queue(self) -> None:
+        """Answer queued calls that nobody waits for any more."""
+        with self._lock:
+            dead = [
+                item
+                for item in self._queue
+                if item[2].cancelled or (item[2].deadline is not None and item[2].time_left == 0)
+            ]
+            for item in dead:
+                self._queue.remove(item)
+        for connection, frame, call in dead:
+            try:
+                call.check()
+            except DmError as error:
+                self._failed(connection, frame.call_id, error, Code.REMOTE)
+            self._settle(connection, frame.call_id)
+
+    # ------------------------------------------------------------ the end
+
+    def stop(self, drain: float = 10.0) -> None:
+        """Take no new calls, let those that run finish, end every connection. Idempotent.
+
+        Args:
+            drain: seconds to wait for calls that run; after that they are cancelled and their callers get PeerLost.
+        """
+        with self._lock:
+            if self._draining:
+                return
+            self._draining = True
+        with contextlib.suppress(DmError):
+            self.host.withdraw(self.name)
+        for connection in list(self._connections.values()):
+            with contextlib.suppress(DmError, ValueError, OSError):
+                self._send(connection, (frames.short(Kind.GOAWAY),))
+        give_up = time.monotonic() + drain
+        with self._idle:
+            while self._busy() and (left := give_up - time.monotonic()) > 0:
+                self._idle.wait(min(left, 0.05))
+        while (
+            any(c.backlog for c in list(self._connections.values())) and time.monotonic() < give_up
+        ):
+            time.sleep(0.001)
+        for connection in list(self._connections.values()):
+            self._close(connection, ServiceStopping("stopped"))
+        self._stopped = True
+        self._waits.close()
+        self._kick_warden()
+        me = threading.current_thread()
+        for thread in [*self._threads, self._warden]:
+            if thread is not me:
+                thread.join(5)
+        if self._loop is not None and self._given_loop is None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            if self._loop_thread is not None and self._loop_thread is not me:
+                self._loop_thread.join(5)
+            if not self._loop.is_running():
+                self._loop.close()
+        self._close_all()
+
+    def _busy(self) -> bool:
+        return bool(self._queue) or any(
+            connection.calls for connection in list(self._connections.values())
+        )
+
+    def _close_all(self) -> None:
+        for sock, _ in self._listeners.values():
+            sock.close()
+        self._listeners.clear()
+        for handshake in self._handshakes.values():
+            handshake.channel.close()
+        self._handshakes.clear()
+        for fd in (self._wake, self._woken):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._wake = self._woken = -1
+
+    def wait(self) -> None:
+        """Wait until the server is stopped by another thread or a signal handler."""
+        while not self._stopped:
+            self._warden.join(0.5)
+
+
+class _Step:
+    """An interceptor and what comes behind it."""
+
+    __slots__ = ("call", "interceptor", "proceed")
+
+    def __init__(self, interceptor: Interceptor, call: Call, proceed: Callable[[], Any]) -> None:
+        self.interceptor = interceptor
+        self.call = call
+        self.proceed = proceed
+
+    def __call__(self) -> Any:
+        return self.interceptor(self.call, self.proceed)
+
+
+def _named(text: str, bound: Bound, welcome: Welcome) -> str:
+    """Say parameter names where msgspec counts."""
+    method = next(method for method in welcome.methods if method.name == bound.name)
+    for i in reversed(range(len(method.parameters))):
+        text = text.replace(f"$[{i}]", method.parameters[i])
+    return text
