@@ -11,6 +11,7 @@ The first level says whose fault it is::
     │   ├── BufferInUse (BufferError)       views on the buffer are alive
     │   ├── TooManyRefs (OverflowError)     a refcount would overflow
     │   ├── HostClosed (ValueError)         the host is detached
+    │   ├── RingClosed (ValueError)         the ring or wait set is closed, or closed for sending
     │   └── ForkedError                     called in a forked child
     ├── DeviceError                 the device's
     │   ├── DeviceNotFound (FileNotFoundError)
@@ -32,6 +33,7 @@ The first level says whose fault it is::
         │   └── RemoteProtocolError         theirs
         ├── DeadlineExceeded (TimeoutError)
         ├── HostFenced                      this host was declared dead
+        ├── PeerGone (ConnectionError)      the process at the other end of a ring is gone
         ├── ServiceNotFound (LookupError)
         └── ServiceExists (ValueError)
 """
@@ -76,6 +78,10 @@ class TooManyRefs(MisuseError, OverflowError):
 
 class HostClosed(MisuseError, ValueError):
     """The host was detached from its fabric."""
+
+
+class RingClosed(MisuseError, ValueError):
+    """The ring or wait set is closed, or the ring is closed for sending: a send stopped within a frame."""
 
 
 class ForkedError(MisuseError):
@@ -181,6 +187,10 @@ class DeadlineExceeded(PeerError, TimeoutError):
 
 class HostFenced(PeerError):
     """This host was declared dead by the coordinator and must not touch the fabric any more."""
+
+
+class PeerGone(PeerError, ConnectionError):
+    """The process at the other end of a ring is gone."""
 
 
 class ServiceNotFound(PeerError, LookupError):
