@@ -15,6 +15,7 @@ cdef extern from "csrc/status.h" nogil:
         DM_ERR_CLOSED
         DM_ERR_FORKED
         DM_ERR_BUSY
+        DM_ERR_RING_CLOSED
         DM_ERR_NOT_A_DEVICE
         DM_ERR_TRUNCATED
         DM_ERR_VERSION
@@ -33,6 +34,7 @@ cdef extern from "csrc/status.h" nogil:
         DM_ERR_PROTOCOL
         DM_ERR_DEADLINE
         DM_ERR_FENCED
+        DM_ERR_PEER_GONE
         DM_AGAIN_BLOCKING
 
     cdef struct dm_error:

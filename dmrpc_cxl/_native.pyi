@@ -214,3 +214,141 @@ class Host:
     def detach(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc_info: object) -> None: ...
+
+# ---------------------------------------------------------------- rings (_ring.pxi)
+
+DEF_CAPACITY: int
+DEF_MAX_FRAME: int
+
+class Ring:
+    """One end of a connection to another process through shared memory.
+
+    A frame is bytes whose first 4 say how many they are (little-endian), at least 40. One thread may
+    send while another receives; two of the same kind need the caller's lock. Every call on a closed
+    ring raises RingClosed, and RemoteProtocolError when the peer wrote into the shared memory what
+    it must not.
+    """
+
+    @staticmethod
+    def create(capacity: int = ..., max_frame: int = ...) -> Ring:
+        """Make a pair of rings, and be its server; capacity is a power of two, per direction."""
+
+    @staticmethod
+    def attach(memfd: int, my_bell: int, peer_bell: int, max_frame: int = ...) -> Ring:
+        """Be the client of a pair that another process made.
+
+        The descriptors are duplicated; the caller closes its own, whatever comes of it. Raises
+        RemoteProtocolError unless the memory is sealed and of a ring, and the bells are eventfds.
+        """
+
+    @property
+    def fds(self) -> tuple[int, int, int]:
+        """(memory, my bell, peer's bell): the other side attaches with the last two exchanged."""
+
+    @property
+    def bell_fd(self) -> int:
+        """My bell: readable once it has rung, until drain_bell."""
+
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def max_frame(self) -> int: ...
+    @property
+    def peer_gone(self) -> bool:
+        """Whether peer_fd has ended, as far as wait or a blocked send has seen."""
+
+    @property
+    def peer_spoke(self) -> bool:
+        """Whether the last wait came back since peer_fd has something to read."""
+
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def spin_us(self) -> int: ...
+    @spin_us.setter
+    def spin_us(self, value: float) -> None: ...
+    def send(
+        self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], timeout: float | None = None
+    ) -> None:
+        """Send what the parts hold together, and wait for room if need be.
+
+        Raises DeadlineExceeded, or PeerGone when peer_fd has ended. If nothing had gone out, nothing
+        has changed. Otherwise the stream ends in a torn frame, the ring is closed for sending, the
+        text says so, and later sends raise RingClosed.
+        """
+
+    def try_send(
+        self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0
+    ) -> int:
+        """Write what fits, from byte `skip` of the whole on, and return how many bytes that was.
+
+        If that was not all, our bell rings once half the ring is free.
+        """
+
+    def recv(self) -> bytearray | None:
+        """Return the next frame, or None if it is not complete yet."""
+
+    def has_data(self) -> bool:
+        """Say whether there are bytes that recv has not taken yet."""
+
+    def arm(self) -> bool:
+        """Have our bell rung when data comes. True: there is some already, so it will not be."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for data, and return whether there is some.
+
+        False when the time is up, or when peer_gone or peer_spoke say why. Data comes first.
+        """
+
+    def set_peer_fd(self, fd: int) -> None:
+        """Look at a socket connected to the peer, or its pidfd, while waiting; -1: at nothing.
+
+        It stays the caller's, who takes it back with -1, or closes the ring, before closing it.
+        """
+
+    def drain_bell(self) -> None:
+        """Make bell_fd unreadable until the bell rings again; before recv, never after it."""
+
+    def stats(self) -> dict[str, int]:
+        """Return bytes_sent, bytes_received, bells_rung, sleeps, spins_won, spins_lost, space_waits."""
+
+    def close(self) -> None:
+        """Let go of memory and descriptors; calls in other threads come back with RingClosed."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+class WaitSet:
+    """Rings and descriptors, waited for by several threads at once.
+
+    A thread that got a ring's key takes its own lock for that connection, calls recv until None,
+    sends what is waiting to be sent, and calls arm; if that says True it goes on reading. In between
+    the ring is not reported for data, but may be for room after a short try_send.
+    """
+
+    def add_ring(self, ring: Ring, key: int) -> None:
+        """Watch a ring, and arm it: it is reported once it has data, also if it has some now."""
+
+    def add_fd(self, fd: int, key: int, edge: bool = True) -> None:
+        """Watch a descriptor: each event is reported once, or (edge=False) while it is readable."""
+
+    def remove(self, what: Ring | int) -> None:
+        """Watch a ring or a descriptor no longer; others may be waiting. A ring may be closed before."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait, and return the key of one that is ready; -1 for a kick, None when the time is up."""
+
+    def kick(self, n: int = 1) -> None:
+        """Make n calls of wait return -1, now or later."""
+
+    def set_spin_us(self, value: float) -> None:
+        """Say how long one thread may look at the rings before it sleeps; 0: not at all."""
+
+    def stats(self) -> dict[str, int]:
+        """Return sleeps, spins_won, spins_lost."""
+
+    def close(self) -> None:
+        """Let go of everything; waiting threads come back with RingClosed."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...

@@ -4,8 +4,10 @@
 _errors.pxi  statuses become exceptions
 _device.pxi  the device file, for the coordinator and the tools
 _host.pxi    the DM layer of this process: Host, Buffer, Ref
+_ring.pxi    frames through shared memory to another process: Ring, WaitSet
 """
 
 include "_errors.pxi"
 include "_device.pxi"
 include "_host.pxi"
+include "_ring.pxi"

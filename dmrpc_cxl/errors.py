@@ -12,6 +12,7 @@ The first level says whose fault it is::
     │   ├── TooManyRefs (OverflowError)     a refcount would overflow
     │   ├── CannotSend (TypeError)          no message can hold this value
     │   ├── HostClosed (ValueError)         the host is detached
+    │   ├── RingClosed (ValueError)         the ring or wait set is closed, or closed for sending
     │   └── ForkedError                     called in a forked child
     ├── DeviceError                 the device's
     │   ├── DeviceNotFound (FileNotFoundError)
@@ -33,6 +34,7 @@ The first level says whose fault it is::
         │   └── RemoteProtocolError         theirs
         ├── DeadlineExceeded (TimeoutError)
         ├── HostFenced                      this host was declared dead
+        ├── PeerGone (ConnectionError)      the process at the other end of a ring is gone
         ├── ServiceNotFound (LookupError)
         ├── ServiceExists (ValueError)
         └── CallError                       a remote procedure call gave no result
@@ -87,6 +89,10 @@ class TooManyRefs(MisuseError, OverflowError):
 
 class HostClosed(MisuseError, ValueError):
     """The host was detached from its fabric."""
+
+
+class RingClosed(MisuseError, ValueError):
+    """The ring or wait set is closed, or the ring is closed for sending: a send stopped within a frame."""
 
 
 class ForkedError(MisuseError):
@@ -192,6 +198,10 @@ class DeadlineExceeded(PeerError, TimeoutError):
 
 class HostFenced(PeerError):
     """This host was declared dead by the coordinator and must not touch the fabric any more."""
+
+
+class PeerGone(PeerError, ConnectionError):
+    """The process at the other end of a ring is gone."""
 
 
 class ServiceNotFound(PeerError, LookupError):

@@ -16,6 +16,7 @@ enum dm_status {
     DM_ERR_CLOSED = -6,        /* host is detached */
     DM_ERR_FORKED = -7,        /* called in a forked child */
     DM_ERR_BUSY = -8,          /* still viewed */
+    DM_ERR_RING_CLOSED = -9,   /* the ring or wait set is closed, or closed for sending */
     /* device */
     DM_ERR_NOT_A_DEVICE = -20,
     DM_ERR_TRUNCATED = -21,
@@ -37,6 +38,7 @@ enum dm_status {
     DM_ERR_PROTOCOL = -62,
     DM_ERR_DEADLINE = -63,
     DM_ERR_FENCED = -64,
+    DM_ERR_PEER_GONE = -65, /* the process at the other end of a ring */
     /* not an error: run again without the GIL */
     DM_AGAIN_BLOCKING = -90,
 };
