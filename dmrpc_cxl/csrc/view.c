@@ -94,7 +94,8 @@ void dm_view_free(struct dm_host *h, uint32_t id) {
     dm_vma_delete(h, id);
 }
 
-/* create_ref(move=True): hand out the Ref that is there. No count, no page-table entry, no store to the device. */
+/* create_ref(move=True): hand out the Ref that is there. No count and no page-table entry changes, nor does the Ref's word,
+ * but it is written once more. */
 int dm_view_move(struct dm_host *h, uint32_t id, struct dm_ref_wire *out, struct dm_error *e) {
     const struct dm_vma *v = &h->vmas[id];
     if (h->strict && v->page < h->nr_frames) {
@@ -102,7 +103,8 @@ int dm_view_move(struct dm_host *h, uint32_t id, struct dm_ref_wire *out, struct
         if (s)
             return s;
     }
-    if (__atomic_load_n(&h->refs[v->ref].state, __ATOMIC_RELAXED) != v->ref_state)
+    /* Release: what this host stored to the frames, and loaded from them, came before the next holder's acquire. */
+    if (!claim(h, v, DM_REF_LIVE))
         return dm_fail(e, DM_ERR_FENCED, "the coordinator declared this host dead");
     dm_ref_wire_of(h, v->ref, out);
     DM_COUNT(h, bytes_referenced, v->length);
