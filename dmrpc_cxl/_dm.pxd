@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from dmrpc_cxl._layout cimport dm_error, dm_host_entry, dm_ref_wire
+from dmrpc_cxl._layout cimport dm_bool, dm_error, dm_host_entry, dm_ref_wire
 
 
 cdef extern from "dm.h" nogil:
@@ -10,6 +10,7 @@ cdef extern from "dm.h" nogil:
         DM_ALLOC_LAZY
         DM_MAP_COPY
         DM_MAP_RESERVE
+        DM_MAP_VIEW
         DM_REF_BUSY
         DM_VMA_EXCLUSIVE
         DM_VMA_USED
@@ -82,6 +83,8 @@ cdef extern from "dm.h" nogil:
     int dm_ref_accept(dm_host *h, dm_ref_wire *w, dm_error *e)
     int dm_ref_clone(dm_host *h, dm_ref_wire *source, bint may_block, dm_ref_wire *out, dm_error *e)
     int dm_ref_drop(dm_host *h, const dm_ref_wire *w, dm_error *e)
+    bint dm_ref_held(dm_host *h, const void *bytes)
+    uint64_t dm_refs_drop(dm_host *h, const void *bytes, size_t nr, dm_bool *busy)
     int dm_map_ref(dm_host *h, const dm_ref_wire *w, unsigned flags, bint may_block, uint32_t *id, dm_error *e)
     int dm_request(dm_host *h, uint16_t type, const void *payload, uint32_t length, void *reply,
                    uint32_t reply_max, uint32_t *reply_length, uint64_t deadline_ns, dm_error *e)

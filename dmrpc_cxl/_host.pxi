@@ -282,6 +282,18 @@ cdef int _retry_map(dm_host *h, dm_ref_wire *w, unsigned flags, uint32_t *id, dm
             return DM_ERR_DEADLINE if s == DM_REF_BUSY else s
 
 
+cdef uint64_t _retry_drops(dm_host *h, const char *wires, size_t nr) noexcept nogil:
+    cdef uint64_t give_up = 0, dropped = 0
+    cdef dm_bool busy = False
+    while True:
+        dm_lock(h)
+        dropped += dm_refs_drop(h, wires, nr, &busy)
+        dm_balance(h)
+        dm_unlock(h)
+        if not busy or not _still_busy(DM_REF_BUSY, h, &give_up):
+            return dropped
+
+
 cdef int _retry_create(dm_host *h, uint64_t addr, uint64_t size, dm_ref_wire *out, dm_error *err) noexcept nogil:
     cdef uint64_t give_up = 0
     cdef int s
@@ -740,26 +752,51 @@ cdef class Host:
 
         Paper: map_ref, Table II, V-B.3. Differs: a Ref is used once; clone() makes more.
         """
+        cdef unsigned flags = 0
+        if copy:
+            flags |= DM_MAP_COPY
+        if reserve:
+            flags |= DM_MAP_RESERVE
+        return self.map_with(ref, flags, "map_ref")
+
+    def view_ref(self, ref):
+        """Show a Ref in this host; the Ref is used up, as by :meth:`map_ref`, but nothing is done for each page.
+
+        For who reads an argument or passes it on. What the buffer can do is the same: the first store to it makes it
+        what map_ref would have returned, and so does sharing it. Moving it on (``create_ref(buffer, move=True)``) costs
+        no more than viewing it did. Refs that are not one run of frames, or whose frames this host shows already, are
+        mapped at once.
+
+        Args:
+            ref: a Ref, or the 40 bytes of one.
+
+        Returns:
+            Buffer: writable. The first store to a page that others hold copies that page.
+
+        Raises:
+            BadRef: not a Ref, forged, or of another fabric.
+            RefConsumed: used before.
+
+        Paper: none; map_ref without its page table.
+        """
+        return self.map_with(ref, DM_MAP_VIEW, "view_ref")
+
+    cdef Buffer map_with(self, object ref, unsigned flags, str operation):
         cdef dm_error err = no_error()
         cdef dm_ref_wire w
-        cdef dm_host *h = self.enter("map_ref")
+        cdef dm_host *h = self.enter(operation)
         cdef uint32_t id = 0
-        cdef unsigned flags = 0
         cdef int s = DM_AGAIN_BLOCKING
         cdef Ref r = None
         if isinstance(ref, Ref):
             r = <Ref>ref
             if r.spent:
-                raise _errors.RefConsumed("map_ref: this Ref was mapped or dropped before")
+                raise _errors.RefConsumed(f"{operation}: this Ref was mapped or dropped before")
             w = r.w
         elif type(ref) is bytes and PyBytes_GET_SIZE(ref) == sizeof(w):
             memcpy(&w, PyBytes_AS_STRING(ref), sizeof(w))
         else:
             w = (<Ref>Ref.from_bytes(ref, self)).w
-        if copy:
-            flags |= DM_MAP_COPY
-        if reserve:
-            flags |= DM_MAP_RESERVE
         if dm_try_lock(h):
             s = dm_map_ref(h, &w, flags, False, &id, &err)
             dm_unlock(h)
@@ -771,10 +808,56 @@ cdef class Host:
         if s:
             if s == DM_ERR_REF_CONSUMED and r is not None:
                 r.spent = True
-            raise_status(s, &err, "map_ref")
+            raise_status(s, &err, operation)
         if r is not None:
             r.spent = True
         return self.buffer_of(id)
+
+    def ref_is_held(self, data):
+        """Return whether the Ref in these 40 bytes is still live under exactly them: not mapped, dropped or accepted.
+
+        Changes nothing, takes no lock. Bytes that are no Ref of this fabric: False.
+        """
+        cdef dm_host *h = self.enter("ref_is_held")
+        cdef bytes raw = data if type(data) is bytes else bytes(data)
+        return PyBytes_GET_SIZE(raw) == sizeof(dm_ref_wire) and dm_ref_held(h, PyBytes_AS_STRING(raw))
+
+    def drop_refs(self, data):
+        """Drop every Ref among these that is still live under exactly its bytes, whoever holds it.
+
+        For who sent Refs and learns that the message is answered or lost: those that the receiver accepted, used or
+        dropped are left alone, as are bytes that are no Refs.
+
+        Args:
+            data: the 40 bytes of each, one after the other.
+
+        Returns:
+            int: how many Refs this call released.
+
+        Raises:
+            BadRef: not a whole number of Refs; nothing was dropped.
+        """
+        cdef dm_host *h = self.enter("drop_refs")
+        cdef Py_buffer view
+        cdef const char *wires
+        cdef size_t nr, i
+        cdef uint64_t dropped = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if view.len % <Py_ssize_t>sizeof(dm_ref_wire):
+                raise _errors.BadRef(f"drop_refs: Refs have {sizeof(dm_ref_wire)} bytes each, not {view.len} together")
+            wires = <const char *>view.buf
+            nr = <size_t>view.len // sizeof(dm_ref_wire)
+            for i in range(nr):  # usually all are used up, and nothing needs a lock
+                if dm_ref_held(h, wires + i * sizeof(dm_ref_wire)):
+                    self.users += 1
+                    with nogil:
+                        dropped = _retry_drops(h, wires + i * sizeof(dm_ref_wire), nr - i)
+                    self.users -= 1
+                    break
+        finally:
+            PyBuffer_Release(&view)
+        return dropped
 
     # ------------------------------------------------------------ the host itself
 

@@ -131,6 +131,10 @@ def _map_ref(at: At, name: str, wire: bytes, how: dict[str, Any]) -> None:
     setattr(at, name, at.host.map_ref(wire, **how))
 
 
+def _view_ref(at: At, name: str, wire: bytes) -> None:
+    setattr(at, name, at.host.view_ref(wire))
+
+
 def _accept(at: At, wire: bytes) -> bytes:
     return Ref.from_bytes(wire, at.host).accept().to_bytes()
 
@@ -238,6 +242,10 @@ class Member:
     def map_ref(self, name: str, wire: bytes, **how: Any) -> None:
         """Map a Ref, and keep the buffer under a name."""
         self.call(_map_ref, name, wire, how)
+
+    def view_ref(self, name: str, wire: bytes) -> None:
+        """View a Ref, and keep the buffer under a name."""
+        self.call(_view_ref, name, wire)
 
     def accept(self, wire: bytes) -> bytes:
         """Become the holder; return the bytes that the Ref has now."""

@@ -89,6 +89,14 @@ def map_ref(at: At, ref: int | bytes, key: int, copy: bool, reserve: bool) -> in
     return buffer.address
 
 
+def view_ref(at: At, ref: int | bytes, key: int) -> tuple[int, bool]:
+    """Return the address, and whether it is a view: it is a mapping if the Ref could not be viewed."""
+    source = ref if isinstance(ref, bytes) else at.refs[ref]
+    before = at.host.stats()["map_views"]
+    buffer = at.buffers[key] = at.host.view_ref(source)
+    return buffer.address, at.host.stats()["map_views"] > before
+
+
 def write(at: At, key: int, offset: int, data: bytes, how: str) -> None:
     view = memoryview(at.buffers[key])[offset : offset + len(data)]
     if how == "memoryview":

@@ -34,6 +34,8 @@ class Mapping:
     pages: Pages
     page_offset: int = 0
     reserved: int = 0
+    view: bool = False  # the device knows it as a Ref
+    exclusive: bool = False  # when it was viewed: stores change nothing about that
 
 
 @dataclass(eq=False)
@@ -107,7 +109,11 @@ class Model:
     def add_mapping(self, mapping: Mapping) -> None:
         self.mappings.append(mapping)
 
+    def views(self) -> list[Mapping]:
+        return [mapping for mapping in self.mappings if mapping.view]
+
     def write(self, mapping: Mapping, offset: int, data: bytes) -> None:
+        mapping.view = mapping.view and mapping.exclusive
         self.give_frames(mapping, self.short_of(mapping, self.span(mapping, offset, len(data))))
         mapping.data[offset : offset + len(data)] = data
 
@@ -117,6 +123,7 @@ class Model:
         return bytes(mapping.data[offset : offset + length])
 
     def share(self, mapping: Mapping, offset: int, length: int, handle: Handle) -> Snapshot:
+        mapping.view = False
         span = self.span(mapping, offset, length)
         ref = Snapshot(
             bytes(mapping.data[offset : offset + length]),
@@ -165,6 +172,12 @@ class Model:
         self.add_mapping(mapping)
         return mapping
 
+    def show(self, ref: Snapshot, host: int, key: int, address: int, *, view: bool) -> Mapping:
+        exclusive = all(self.counts()[frame] == 1 for frame in ref.pages if frame is not None)
+        mapping = self.map(ref, host, key, address, copy=False, reserve=False)
+        mapping.view, mapping.exclusive = view, exclusive
+        return mapping
+
 
 # -------------------------------------------------------------------- the device
 
@@ -202,7 +215,8 @@ def compare(model: Model, device: Device, host_ids: list[int]) -> None:
     assert audit["nr_violations"] == 0, audit["violations"]
     pfn_of: dict[int, int] = {}
     for host, host_id in enumerate(host_ids):
-        mine = sorted((m for m in model.mappings if m.host == host), key=lambda m: m.address)
+        mine = [m for m in model.mappings if m.host == host and not m.view]
+        mine.sort(key=lambda m: m.address)
         table = _page_table(device, host_id)
         heads = np.flatnonzero(table & HEAD)
         assert len(heads) == len(mine), f"host {host}: {len(heads)} mappings, not {len(mine)}"
@@ -227,6 +241,6 @@ def compare(model: Model, device: Device, host_ids: list[int]) -> None:
     assert seldom == +expected, f"frames that only Refs hold: refcounts {seldom}, not {+expected}"
 
     refs: list[Any] = sorted((r["length"], r["page_offset"], r["holder"]) for r in device.refs())
-    assert refs == sorted(
-        (len(ref.data), ref.page_offset, host_ids[ref.holder]) for ref in model.refs
-    )
+    expect = [(len(ref.data), ref.page_offset, host_ids[ref.holder]) for ref in model.refs]
+    expect += [(len(m.data), m.page_offset, host_ids[m.host]) for m in model.views()]
+    assert refs == sorted(expect)

@@ -14,9 +14,12 @@
 
 /* PTEs for one run. Plain stores: readers come after this process is gone, or take a snapshot. */
 void dm_pt_set(struct dm_host *h, uint32_t page, uint32_t pfn, uint32_t nr, uint32_t head) {
-    uint32_t *pt = h->pt + page;
-    for (uint32_t i = 0; i < nr; i++)
-        pt[i] = DM_PTE_PRESENT | (pfn + i);
+    uint32_t *pt = h->pt + page, first = DM_PTE_PRESENT | pfn, i = 0;
+    dm_quad four = {first, first + 1, first + 2, first + 3};
+    for (; i + 4 <= nr; i += 4, four += 4)
+        *(dm_quad *)(pt + i) = four;
+    for (; i < nr; i++)
+        pt[i] = first + i;
     pt[0] |= head;
 }
 
@@ -24,13 +27,6 @@ void dm_pt_set_holes(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t hea
     for (uint32_t i = 0; i < nr; i++)
         h->pt[page + i] = DM_PTE_HOLE;
     h->pt[page] |= head;
-}
-
-bool dm_pt_vacant(const struct dm_host *h, uint32_t page, uint32_t nr) {
-    uint32_t any = 0;
-    for (uint32_t i = 0; i < nr; i++)
-        any |= h->pt[page + i];
-    return any == 0;
 }
 
 static int pages_of(const struct dm_host *h, uint64_t size, uint32_t *nr, struct dm_error *e) {
@@ -209,8 +205,9 @@ void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr) {
     struct dm_run freed = {0, 0};
     for (uint32_t i = 0; i < nr; i++) {
         uint32_t pte = h->pt[page + i];
+        __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + DM_COUNTS_AHEAD], 1);
         __atomic_store_n(&h->pt[page + i], 0, __ATOMIC_RELEASE);
-        if (page + i < h->nr_frames)
+        if (h->free.nr_displaced && page + i < h->nr_frames)
             dm_freelist_vacated(&h->free, page + i);
         if (pte & DM_PTE_PRESENT && dm_count_down(h, pte & DM_PTE_PFN))
             dm_freed_add(h, &freed, pte & DM_PTE_PFN);
@@ -223,6 +220,11 @@ void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr) {
 int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e) {
     struct dm_vma *v = &h->vmas[id];
     uint32_t page = v->page, nr = v->nr_pages;
+    if (v->flags & DM_VMA_VIEW) {
+        dm_view_free(h, id);
+        DM_COUNT(h, rfree_calls, 1);
+        return DM_OK;
+    }
     if ((v->flags & (DM_VMA_EXCLUSIVE | DM_VMA_DIRTY)) == DM_VMA_EXCLUSIVE) {
         struct dm_intent *in = dm_intent_begin(h, DM_INTENT_FREE_X, page, nr, page, 0, 0);
         memset(h->pt + page, 0, nr * sizeof h->pt[0]);

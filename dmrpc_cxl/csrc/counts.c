@@ -49,7 +49,7 @@ bool dm_count_down(struct dm_host *h, uint32_t pfn) {
 /* Put frames that just became free on the free list: those whose owned-window page is occupied apart. */
 void dm_frame_freed(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint32_t start = 0;
-    for (uint32_t i = 0; i < nr; i++) {
+    for (uint32_t i = dm_all_zero(h->pt + pfn, nr) ? nr : 0; i < nr; i++) {
         if (h->pt[pfn + i] == 0)
             continue;
         if (i > start)

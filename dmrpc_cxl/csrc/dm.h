@@ -10,6 +10,7 @@
 #define DM_ALLOC_LAZY 0x1u
 #define DM_MAP_COPY 0x1u
 #define DM_MAP_RESERVE 0x2u
+#define DM_MAP_VIEW 0x4u
 
 struct dm_attach {
     int device_fd; /* the caller keeps its own */
@@ -42,7 +43,6 @@ void dm_zero(struct dm_host *h, uint32_t id);
 int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e);
 void dm_pt_set(struct dm_host *h, uint32_t page, uint32_t pfn, uint32_t nr, uint32_t head);
 void dm_pt_set_holes(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t head);
-bool dm_pt_vacant(const struct dm_host *h, uint32_t page, uint32_t nr);
 void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr);
 void dm_freed_add(struct dm_host *h, struct dm_run *run, uint32_t pfn);
 void dm_freed_end(struct dm_host *h, struct dm_run *run);
@@ -75,6 +75,9 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e);
 int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
                  struct dm_ref_wire *out, struct dm_error *e);
 int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error *e);
+bool dm_ref_held(struct dm_host *h, const void *bytes); /* needs no lock */
+uint64_t dm_refs_drop(struct dm_host *h, const void *bytes, size_t nr, bool *busy);
+void dm_ref_wire_of(const struct dm_host *h, uint32_t index, struct dm_ref_wire *out);
 /* Relaxed, for others may be looking whether stale bytes fit; see dm_ref_check. */
 static inline void dm_ref_set_length(struct dm_ref_entry *entry, uint64_t length) {
     __atomic_store_n(&entry->length, length, __ATOMIC_RELAXED);
@@ -104,6 +107,21 @@ int dm_runs_of_entry(const struct dm_ref_entry *entry, const char *physmap, uint
 /* map.c: map_ref */
 int dm_map_ref(struct dm_host *h, const struct dm_ref_wire *w, unsigned flags, bool may_block,
                uint32_t *id, struct dm_error *e);
+
+bool dm_window_vacant(const struct dm_host *h, uint32_t page, uint32_t nr);
+void dm_map_commit(struct dm_host *h, uint32_t index, uint32_t page, uint32_t nr,
+                   const struct dm_runs *runs);
+
+/* view.c: view_ref */
+int dm_view_new(struct dm_host *h, uint32_t index, uint64_t claimed, uint32_t page, bool exclusive,
+                uint32_t *id, struct dm_error *e);
+void dm_view_materialise(struct dm_host *h, uint32_t id);
+void dm_view_free(struct dm_host *h, uint32_t id);
+int dm_view_move(struct dm_host *h, uint32_t id, struct dm_ref_wire *out, struct dm_error *e);
+static inline int dm_view_ref(struct dm_host *h, const struct dm_ref_wire *w, bool may_block,
+                              uint32_t *id, struct dm_error *e) {
+    return dm_map_ref(h, w, DM_MAP_VIEW, may_block, id, e);
+}
 
 /* Status of dm_ref_* when another host is just cloning the Ref: try again without the lock. */
 #define DM_REF_BUSY (-91)

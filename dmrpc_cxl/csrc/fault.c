@@ -14,6 +14,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "dm.h"
 #include "intent.h"
 #include "uffd.h"
 
@@ -181,12 +182,15 @@ static int stray(struct dm_host *h, struct dm_stray *last, uint64_t addr, uint32
 
 /* Serve one fault. */
 int dm_serve_fault(struct dm_host *h, struct dm_stray *last, uint64_t addr, uint32_t tid) {
-    uint32_t page = dm_page_of(h, addr), id = h->vma_of[page], pte = h->pt[page];
+    uint32_t page = dm_page_of(h, addr), id = h->vma_of[page];
     if (!id)
         return stray(h, last, addr, tid);
     if (last->tid == tid)
         last->tid = 0; /* it went on since */
     struct dm_vma *v = &h->vmas[id];
+    if (v->flags & DM_VMA_VIEW && h->kstate[page] & DM_KS_PROTECTED)
+        dm_view_materialise(h, id);
+    uint32_t pte = h->pt[page];
     struct span s;
     struct dm_run run;
     if (pte & DM_PTE_HOLE) {

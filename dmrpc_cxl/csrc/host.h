@@ -40,6 +40,7 @@
 #define DM_VMA_EXCLUSIVE 0x01u /* no other holder of any frame; known, not guessed */
 #define DM_VMA_DIRTY 0x02u     /* some page is not in its window's normal state */
 #define DM_VMA_HOLES 0x04u     /* some page may have no frame */
+#define DM_VMA_VIEW 0x08u      /* no page-table entries: its counts are with its Ref, see view.c */
 #define DM_VMA_USED 0x80u
 
 #define DM_NO_VMA 0u
@@ -47,7 +48,7 @@
 #define DM_BELL_BYTES 4096u
 #define DM_REF_RING 256u
 
-struct dm_vma { /* one mapping: what ralloc or map_ref returned */
+struct dm_vma { /* one mapping: what ralloc, map_ref or view_ref returned */
     uint32_t page;
     uint32_t nr_pages;
     uint64_t length; /* bytes the user asked for */
@@ -57,7 +58,9 @@ struct dm_vma { /* one mapping: what ralloc or map_ref returned */
     uint32_t fault_window; /* pages to do at the next sequential fault */
     uint32_t reserved;     /* frames promised to this mapping's later writes */
     uint32_t next_free;
-    void *buffer; /* borrowed PyObject*, for the layer above; the DM layer never touches it */
+    uint32_t ref;       /* of a view: the entry of its Ref, */
+    uint64_t ref_state; /* and the word that is in it as long as nobody interferes */
+    void *buffer;       /* borrowed PyObject*, for the layer above; the DM layer never touches it */
 };
 
 struct dm_extent { /* free pages of the VMA area */
@@ -170,6 +173,29 @@ static inline uint8_t dm_normal_kstate(const struct dm_host *h, uint32_t page) {
     return page >= h->nr_frames && page < 2 * h->nr_frames ? DM_KS_PROTECTED : 0;
 }
 
+/* Tables of four bytes a page are read and filled 16 bytes at a time: the loops that the steady state runs for every
+ * page of a buffer that nobody looks at. */
+typedef uint32_t dm_quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+static inline void dm_fill(uint32_t *table, uint32_t value, uint32_t nr) {
+    const dm_quad four = {value, value, value, value};
+    uint32_t i = 0;
+    for (; i + 4 <= nr; i += 4)
+        *(dm_quad *)(table + i) = four;
+    for (; i < nr; i++)
+        table[i] = value;
+}
+
+static inline bool dm_all_zero(const uint32_t *table, uint32_t nr) {
+    dm_quad any = {0};
+    uint32_t i = 0, rest = 0;
+    for (; i + 4 <= nr; i += 4)
+        any |= *(const dm_quad *)(table + i);
+    for (; i < nr; i++)
+        rest |= table[i];
+    return (any[0] | any[1] | any[2] | any[3] | rest) == 0;
+}
+
 /* +1. Relaxed: the caller holds a count through a mapping or a Ref, so the frame cannot go away meanwhile. */
 static inline int dm_count_up(struct dm_host *h, uint32_t pfn) {
     uint64_t before = __atomic_fetch_add(&h->frames[pfn], 1, __ATOMIC_RELAXED);
@@ -191,6 +217,8 @@ int dm_descriptor_check(int fd, uint64_t dev, uint64_t ino);
 /* ---- intent.h is inline; see there */
 
 /* ---- counts.c: frame words */
+/* Frame words are shared with other hosts and often cold, and an atomic waits for its line alone: to prefetch. */
+#define DM_COUNTS_AHEAD 96
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
 void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
 bool dm_count_down(struct dm_host *h, uint32_t pfn);

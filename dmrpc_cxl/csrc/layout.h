@@ -136,7 +136,9 @@ struct dm_intent {
     X(drop_calls, "Ref.drop operations that released a Ref")                                       \
     X(accept_calls, "Refs accepted from another holder")                                           \
     X(bytes_referenced, "bytes covered by the Refs this host made")                                \
-    X(out_of_frames, "operations refused for want of frames")
+    X(out_of_frames, "operations refused for want of frames")                                      \
+    X(map_views, "view_ref operations that touched no page-table entry")                           \
+    X(views_materialised, "views that became mappings because they were stored to or shared")
 
 enum dm_counter {
 #define DM_COUNTER_ENUM(name, text) DM_CNT_##name,

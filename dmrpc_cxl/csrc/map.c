@@ -5,6 +5,7 @@
  *   exclusive, one run, its owned-window pages vacant  -> owned window, writable, no system call
  *   shared, one run, its shared-window pages vacant    -> shared window, read-only, no system call
  *   otherwise (scattered, mapped twice here, holes)    -> VMA area, one kernel mapping a run
+ * view_ref (DM_MAP_VIEW) does the same without the page table in the first two cases, see view.c; otherwise it is map_ref.
  * A Ref is exclusive when it was made so, or when by now no frame has another count: nobody but a holder could add one.
  *
  * Context: host lock held; may_block as in alloc.c. Paper: V-B.3 (map_ref).
@@ -122,29 +123,37 @@ static int place_in_area(struct dm_host *h, struct placing *p, struct dm_error *
     return DM_OK;
 }
 
-static int place(struct dm_host *h, struct placing *p, bool may_block, struct dm_error *e) {
+/* No mapping at these pages of a window: no page-table entry, and no view, which has none. */
+bool dm_window_vacant(const struct dm_host *h, uint32_t page, uint32_t nr) {
+    return dm_all_zero(h->vma_of + page, nr) && dm_all_zero(h->pt + page, nr);
+}
+
+/* Can a window show it? Then p->page is where, once dm_make_ready has made that ready if it is exclusive. */
+static bool fits_window(struct dm_host *h, struct placing *p) {
     p->exclusive =
         dm_ref_flags(p->word) & DM_REF_EXCLUSIVE || dm_all_exclusive(h, p->runs.list, p->runs.nr);
     p->vma_flags = p->exclusive ? DM_VMA_EXCLUSIVE : 0;
-    if (p->runs.nr == 1 && p->runs.list[0].pfn != DM_NO_FRAME) {
-        uint32_t pfn = p->runs.list[0].pfn;
-        uint32_t window = p->exclusive ? pfn : h->nr_frames + pfn;
-        if (dm_pt_vacant(h, window, p->nr)) {
-            p->page = window;
-            return p->exclusive ? dm_make_ready(h, window, p->nr, e) : DM_OK;
-        }
-    }
+    if (p->runs.nr != 1 || p->runs.list[0].pfn == DM_NO_FRAME)
+        return false;
+    p->page = p->runs.list[0].pfn + (p->exclusive ? 0 : h->nr_frames);
+    return dm_window_vacant(h, p->page, p->nr);
+}
+
+static int place(struct dm_host *h, struct placing *p, bool may_block, struct dm_error *e) {
+    if (fits_window(h, p))
+        return p->exclusive ? dm_make_ready(h, p->page, p->nr, e) : DM_OK;
     return may_block ? place_in_area(h, p, e) : DM_AGAIN_BLOCKING;
 }
 
 /* The counts change hands: PTEs first, then progress 1 (from here on they are the mapping's), then the entry. */
-static void commit(struct dm_host *h, struct placing *p) {
-    struct dm_ref_entry *entry = &h->refs[p->index];
-    struct dm_intent *in = dm_intent_begin(h, DM_INTENT_MAP, p->page, p->nr, 0, p->index,
+void dm_map_commit(struct dm_host *h, uint32_t index, uint32_t page, uint32_t nr,
+                   const struct dm_runs *runs) {
+    struct dm_ref_entry *entry = &h->refs[index];
+    struct dm_intent *in = dm_intent_begin(h, DM_INTENT_MAP, page, nr, 0, index,
                                            __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
-    uint32_t at = p->page, head = DM_PTE_HEAD;
-    for (uint32_t r = 0; r < p->runs.nr; r++) {
-        struct dm_run *run = &p->runs.list[r];
+    uint32_t at = page, head = DM_PTE_HEAD;
+    for (uint32_t r = 0; r < runs->nr; r++) {
+        const struct dm_run *run = &runs->list[r];
         if (run->pfn == DM_NO_FRAME)
             dm_pt_set_holes(h, at, run->count, head);
         else
@@ -154,7 +163,7 @@ static void commit(struct dm_host *h, struct placing *p) {
     }
     dm_intent_progress(in, 1);
     dm_ref_free_overflow(h, entry);
-    (void)dm_ref_make_free(h, p->index);
+    (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
 }
 
@@ -237,7 +246,7 @@ static int map_shared(struct dm_host *h, struct placing *p, unsigned flags, bool
         put_ref_back(h, p);
         return s;
     }
-    commit(h, p);
+    dm_map_commit(h, p->index, p->page, p->nr, &p->runs);
     if (promised && p->exclusive && !(p->vma_flags & DM_VMA_HOLES)) {
         unreserve(h, promised);
         promised = 0;
@@ -246,6 +255,18 @@ static int map_shared(struct dm_host *h, struct placing *p, unsigned flags, bool
     if (p->exclusive)
         DM_COUNT(h, map_exclusive, 1);
     return DM_OK;
+}
+
+/* DM_AGAIN_BLOCKING, and nothing has changed, when it takes a mapping: holes, several runs, pages that are taken. */
+static int map_view(struct dm_host *h, struct placing *p, uint32_t *id, struct dm_error *e) {
+    if (!fits_window(h, p))
+        return DM_AGAIN_BLOCKING;
+    int s = p->exclusive ? dm_make_ready(h, p->page, p->nr, e) : DM_OK;
+    if (!s)
+        s = dm_view_new(h, p->index, p->word, p->page, p->exclusive, id, e);
+    if (s && s != DM_ERR_FENCED)
+        put_ref_back(h, p);
+    return s;
 }
 
 int dm_map_ref(struct dm_host *h, const struct dm_ref_wire *w, unsigned flags, bool may_block,
@@ -257,6 +278,12 @@ int dm_map_ref(struct dm_host *h, const struct dm_ref_wire *w, unsigned flags, b
     p.vma_flags = 0;
     dm_runs_init(&p.runs);
     int s = take_ref(h, w, &p, e);
+    if (!s && flags & DM_MAP_VIEW) {
+        s = map_view(h, &p, id, e);
+        if (s != DM_AGAIN_BLOCKING)
+            return s; /* one run: no list to free */
+        s = DM_OK;
+    }
     if (!s)
         s = flags & DM_MAP_COPY ? map_copy(h, &p, id, e)
                                 : map_shared(h, &p, flags, may_block, id, e);

@@ -287,19 +287,26 @@ int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *ru
     return DM_OK;
 }
 
+/* The bytes that stand for an entry of this host's as it is now. */
+void dm_ref_wire_of(const struct dm_host *h, uint32_t index, struct dm_ref_wire *out) {
+    const struct dm_ref_entry *entry = &h->refs[index];
+    *out = (struct dm_ref_wire){.magic = DM_REF_MAGIC,
+                                .entry = index,
+                                .generation =
+                                    dm_ref_gen(__atomic_load_n(&entry->state, __ATOMIC_RELAXED)),
+                                .fabric_id = h->fabric_id,
+                                .nonce = entry->nonce,
+                                .length = entry->length};
+    out->check = wire_checksum(out);
+}
+
 /* BUILDING -> LIVE. Release: whoever accepts it sees entry and frames complete. */
 void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_ref_wire *out) {
     struct dm_ref_entry *entry = &h->refs[index];
     uint32_t gen = dm_ref_gen(__atomic_load_n(&entry->state, __ATOMIC_RELAXED));
-    *out = (struct dm_ref_wire){.magic = DM_REF_MAGIC,
-                                .entry = index,
-                                .generation = gen,
-                                .fabric_id = h->fabric_id,
-                                .nonce = next_nonce(h),
-                                .length = entry->length};
-    out->check = wire_checksum(out);
     /* Relaxed: who reads it before the state below does not fit it, see dm_ref_check. */
-    __atomic_store_n(&entry->nonce, out->nonce, __ATOMIC_RELAXED);
+    __atomic_store_n(&entry->nonce, next_nonce(h), __ATOMIC_RELAXED);
+    dm_ref_wire_of(h, index, out);
     __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_LIVE, flags, h->id, gen), __ATOMIC_RELEASE);
 }
 
@@ -326,7 +333,20 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e) 
     return DM_OK;
 }
 
-/* Drop the counts of an entry this host holds in state DROPPING, then free it. */
+/* Progress first: a crash may leave one count too many, never take one twice. */
+static void drop_shared(struct dm_host *h, struct dm_intent *in, const struct dm_run *run,
+                        uint64_t progress, struct dm_run *freed) {
+    for (uint32_t i = 0; i < run->count; i++) {
+        __builtin_prefetch(&h->frames[run->pfn + i + DM_COUNTS_AHEAD], 1);
+        dm_intent_progress(in, ++progress);
+        if (dm_count_down(h, run->pfn + i))
+            dm_freed_add(h, freed, run->pfn + i);
+    }
+}
+
+/* Drop the counts of an entry this host holds in state DROPPING, then free it. Of an exclusive Ref each count is the last,
+ * and nobody else may touch the frame words. Progress is noted run by run then: a frame that was let go is free and names
+ * this host as its owner, so recovery finds no count to drop twice, and takes it with the other free ones. */
 void dm_ref_release(struct dm_host *h, uint32_t index) {
     struct dm_ref_entry *entry = &h->refs[index];
     struct dm_runs runs;
@@ -334,17 +354,20 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     int s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &runs);
     if (s)
         dm_fatal(h, "Ref entry %u is damaged (status %d); run `dmrpc fabric verify`", index, s);
-    struct dm_intent *in = dm_intent_begin(h, DM_INTENT_DROP, 0, entry->nr_pages, 0, index,
-                                           __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
+    uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
+    struct dm_intent *in = dm_intent_begin(h, DM_INTENT_DROP, 0, entry->nr_pages, 0, index, word);
     struct dm_run freed = {0, 0};
     uint64_t progress = 0;
     for (uint32_t r = 0; r < runs.nr; r++) {
-        for (uint32_t i = 0; i < runs.list[r].count; i++) {
-            /* Progress first: a crash may leave one count too many, never take one twice. */
-            dm_intent_progress(in, ++progress);
-            if (runs.list[r].pfn != DM_NO_FRAME && dm_count_down(h, runs.list[r].pfn + i))
-                dm_freed_add(h, &freed, runs.list[r].pfn + i);
+        const struct dm_run *run = &runs.list[r];
+        if (run->pfn != DM_NO_FRAME && !(dm_ref_flags(word) & DM_REF_EXCLUSIVE)) {
+            drop_shared(h, in, run, progress, &freed);
+        } else if (run->pfn != DM_NO_FRAME) {
+            dm_frames_leave_use(h, run->pfn, run->count);
+            dm_frame_freed(h, run->pfn, run->count);
         }
+        progress += run->count;
+        dm_intent_progress(in, progress); /* complete: the runs are not needed any more */
     }
     dm_freed_end(h, &freed);
     dm_ref_free_overflow(h, entry);
@@ -363,6 +386,42 @@ int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error 
     dm_ref_release(h, index);
     DM_COUNT(h, drop_calls, 1);
     return DM_OK;
+}
+
+static struct dm_ref_wire wire_at(const void *bytes, size_t i) {
+    struct dm_ref_wire w;
+    memcpy(&w, (const char *)bytes + i * sizeof w, sizeof w);
+    return w;
+}
+
+/* Is the Ref in these bytes still live under exactly them? Changes nothing. Context: any thread, no lock: what is looked at
+ * is atomic or never changes, and the answer may be out of date as soon as it is given anyway. */
+bool dm_ref_held(struct dm_host *h, const void *bytes) {
+    struct dm_ref_wire w = wire_at(bytes, 0);
+    uint32_t index;
+    uint64_t word;
+    /* Most that are asked for were used up: told by one look, before the checksum. */
+    if (w.entry >= h->max_refs ||
+        dm_ref_gen(__atomic_load_n(&h->refs[w.entry].state, __ATOMIC_RELAXED)) != w.generation)
+        return false;
+    int s = dm_ref_check(h, &w, &index, &word, NULL);
+    return s == DM_OK || s == DM_REF_BUSY;
+}
+
+/* Drop each of nr Refs, 40 bytes one after the other, that is still live under exactly its bytes. Returns how many this call
+ * released; *busy: some were just being cloned, and stand. */
+uint64_t dm_refs_drop(struct dm_host *h, const void *bytes, size_t nr, bool *busy) {
+    uint64_t dropped = 0;
+    *busy = false;
+    for (size_t i = 0; i < nr; i++) {
+        struct dm_ref_wire w = wire_at(bytes, i);
+        if (!dm_ref_held(h, &w))
+            continue;
+        int s = dm_ref_drop(h, &w, NULL);
+        dropped += s == DM_OK;
+        *busy |= s == DM_REF_BUSY;
+    }
+    return dropped;
 }
 
 /* Frame i of a list, counted through its runs; DM_NO_FRAME for holes. */

@@ -14,8 +14,6 @@
 #include "dm.h"
 #include "intent.h"
 
-#define AHEAD 96 /* frame words to prefetch */
-
 static int runs_of_pages(const struct dm_host *h, uint32_t page, uint32_t nr, struct dm_runs *r) {
     const uint32_t *pt = h->pt + page;
     const struct dm_vma *v = &h->vmas[h->vma_of[page]];
@@ -49,12 +47,11 @@ static int uncount_range(struct dm_host *h, struct dm_intent *in, uint32_t page,
 /* +1 on every frame of the range, in page order; all or none. */
 static int count_range(struct dm_host *h, struct dm_intent *in, uint32_t page, uint32_t nr) {
     const uint32_t *pt = h->pt + page;
-    /* Frame words are shared with other hosts and often cold; an atomic waits for its line alone. */
-    for (uint32_t i = 0; i < nr && i < AHEAD; i += 8)
+    for (uint32_t i = 0; i < nr && i < DM_COUNTS_AHEAD; i += 8)
         __builtin_prefetch(&h->frames[pt[i] & DM_PTE_PFN], 1);
     for (uint32_t i = 0; i < nr; i++) {
         uint32_t pte = pt[i];
-        __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + AHEAD], 1);
+        __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + DM_COUNTS_AHEAD], 1);
         if (pte & DM_PTE_PRESENT && dm_count_up(h, pte & DM_PTE_PFN))
             return uncount_range(h, in, page, i);
         dm_intent_progress(in, i + 1);
@@ -104,6 +101,9 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
         return dm_fail(e, DM_ERR_BAD_SIZE,
                        "%llu bytes there reach outside the mapping of %llu bytes",
                        (unsigned long long)size, (unsigned long long)v->length);
+    if (v->flags &
+        DM_VMA_VIEW) /* this host's counts would be two Refs' at once: the pages get some */
+        dm_view_materialise(h, id);
     uint32_t page = dm_page_of(h, addr);
     uint32_t nr = dm_page_of(h, addr + size - 1) - page + 1;
     uint32_t index;
@@ -146,6 +146,8 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
 int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wire *out,
                 struct dm_error *e) {
     struct dm_vma *v = &h->vmas[id];
+    if (v->flags & DM_VMA_VIEW)
+        return dm_view_move(h, id, out, e);
     uint32_t page = v->page, nr = v->nr_pages, index;
     struct dm_runs runs;
     int s = prepare_entry(h, page, nr, may_block, &index, &runs, e);

@@ -1,5 +1,5 @@
 /*
- * vma.c - mappings (one per ralloc or map_ref) and the address space of the VMA area.
+ * vma.c - mappings (one per ralloc, map_ref or view_ref) and the address space of the VMA area.
  *
  * Every page of a mapping names it in vma_of, so an address finds its mapping in one load, and the fault handler its bounds.
  * Slots are reused last-in first-out; slot 0 means none. The area's free address ranges are kept sorted and
@@ -27,8 +27,7 @@ uint32_t dm_vma_new(struct dm_host *h, uint32_t page, uint32_t nr_pages, uint64_
                                   .flags = flags | DM_VMA_USED,
                                   .next_fault = DM_NO_FRAME,
                                   .fault_window = 1};
-    for (uint32_t i = 0; i < nr_pages; i++)
-        h->vma_of[page + i] = id;
+    dm_fill(h->vma_of + page, id, nr_pages);
     return id;
 }
 

@@ -54,6 +54,13 @@ static uint32_t mapped(struct dm_host *h, const struct dm_ref_wire *w) {
     return id;
 }
 
+static uint32_t viewed(struct dm_host *h, const struct dm_ref_wire *w) {
+    uint32_t id = 0;
+    EXPECT_OK(dm_view_ref(h, w, false, &id, &err), &err);
+    EXPECT(h->vmas[id].flags & DM_VMA_VIEW);
+    return id;
+}
+
 /* A Ref of h's to frames of which other holds a Ref, and a mapping in its shared window. */
 static struct dm_ref_wire shared(struct scene *s, uint32_t nr) {
     struct dm_ref_wire w = moved(s->other, allocated(s->other, nr));
@@ -164,6 +171,39 @@ static void shared_mapping(struct scene *s) {
     s->id = mapped(s->h, &s->ref);
 }
 static void long_ref(struct scene *s) { s->ref = chain(s->h); }
+
+static void own_view(struct scene *s) {
+    own_ref(s);
+    s->id = viewed(s->h, &s->ref);
+}
+
+static void shared_view(struct scene *s) {
+    s->ref = shared(s, 4);
+    s->id = viewed(s->h, &s->ref);
+}
+
+static void view_of_what_other_made(struct scene *s) {
+    struct dm_ref_wire w = moved(s->other, allocated(s->other, 4));
+    s->id = viewed(s->h, &w);
+}
+
+/* In the shared window, and the only holder by now. */
+static void view_shared_by_nobody_any_more(struct scene *s) {
+    struct dm_ref_wire w = moved(s->h, allocated(s->h, 4)), copy = cloned(s->h, &w);
+    s->id = viewed(s->h, &copy);
+    EXPECT_OK(dm_ref_drop(s->h, &w, &err), &err);
+}
+
+static void view_of_a_strict_host(struct scene *s) {
+    own_view(s);
+    s->h->strict = true;
+}
+
+static void ref_and_a_view_of_the_same(struct scene *s) {
+    s->ref = shared(s, 4);
+    struct dm_ref_wire copy = cloned(s->h, &s->ref);
+    (void)viewed(s->h, &copy);
+}
 
 static void buffer_received_from_other(struct scene *s) {
     struct dm_ref_wire w = moved(s->other, allocated(s->other, 4));
@@ -278,6 +318,21 @@ static void mapping_soon_shared_by_nobody(struct scene *s) {
     as_if_written_in_order(s);
 }
 
+static void shared_view_written_in_order(struct scene *s) {
+    shared_view(s);
+    as_if_written_in_order(s);
+}
+
+/* A Ref that was used, one of other's that was not, one of h's. */
+static struct dm_ref_wire letters[3];
+static void refs_that_were_sent(struct scene *s) {
+    letters[0] = moved(s->h, allocated(s->h, 1));
+    EXPECT_OK(dm_ref_drop(s->h, &letters[0], &err), &err);
+    letters[1] = moved(s->other, allocated(s->other, 2));
+    s->handed = letters[1].entry;
+    letters[2] = shared(s, 2);
+}
+
 static void lazy_buffer_written_in_order(struct scene *s) {
     lazy_buffer(s);
     as_if_written_in_order(s);
@@ -301,6 +356,16 @@ static int create_ref_of_all(struct scene *s) {
 }
 static int move_ref(struct scene *s) { return dm_move_ref(s->h, s->id, true, &s->out, &err); }
 static int map_ref(struct scene *s) { return dm_map_ref(s->h, &s->ref, 0, true, &s->id, &err); }
+static int view_ref(struct scene *s) { return dm_view_ref(s->h, &s->ref, true, &s->id, &err); }
+static int materialise(struct scene *s) {
+    dm_view_materialise(s->h, s->id);
+    return DM_OK;
+}
+static int drop_refs(struct scene *s) {
+    bool busy;
+    EXPECT_EQ(dm_refs_drop(s->h, letters, 3, &busy), 2);
+    return DM_OK;
+}
 static int map_ref_reserve(struct scene *s) {
     return dm_map_ref(s->h, &s->ref, DM_MAP_RESERVE, true, &s->id, &err);
 }
@@ -357,6 +422,25 @@ const struct scenario scenarios[] = {
     {"map_ref(copy), overflow", 0, 0, shared_scattered_ref, map_ref_copy, NULL},
     {"map_ref(copy), no frame", 0, DM_ERR_COORDINATOR_LOST, ref_of_other_and_no_frame, map_ref_copy,
      NULL},
+    {"map_ref, viewed already", SCENE_UFFD, 0, ref_and_a_view_of_the_same, map_ref, NULL},
+    {"view_ref, exclusive", 0, 0, own_ref, view_ref, NULL},
+    {"view_ref, exclusive, of another holder", 0, 0, ref_of_other, view_ref, NULL},
+    {"view_ref, shared", 0, 0, shared_ref, view_ref, NULL},
+    {"view_ref, overflow", SCENE_DATA, 0, own_scattered_ref, view_ref, NULL},
+    {"view_ref, viewed already", SCENE_UFFD, 0, ref_and_a_view_of_the_same, view_ref, NULL},
+    {"view_ref, refused", 0, DM_ERR_NO_ADDRESS_SPACE, ref_of_other_and_no_slot, view_ref, NULL},
+    {"view becomes a mapping, exclusive", 0, 0, own_view, materialise, NULL},
+    {"view becomes a mapping, shared", 0, 0, shared_view, materialise, NULL},
+    {"rfree of a view, exclusive", 0, 0, own_view, rfree, NULL},
+    {"rfree of a view, exclusive, received", 0, 0, view_of_what_other_made, rfree, NULL},
+    {"rfree of a view, shared", 0, 0, shared_view, rfree, NULL},
+    {"rfree of a view, last holder", 0, 0, view_shared_by_nobody_any_more, rfree, NULL},
+    {"create_ref of a view", SCENE_UFFD, 0, own_view, create_ref, NULL},
+    {"create_ref of a view, shared", 0, 0, shared_view, create_ref, NULL},
+    {"create_ref(move) of a view", 0, 0, own_view, move_ref, NULL},
+    {"create_ref(move) of a view, received", 0, 0, view_of_what_other_made, move_ref, NULL},
+    {"create_ref(move) of a view, shared", 0, 0, shared_view, move_ref, NULL},
+    {"create_ref(move) of a view, strict", SCENE_UFFD, 0, view_of_a_strict_host, move_ref, NULL},
     {"accept", 0, 0, ref_of_other, accept_ref, NULL},
     {"clone", 0, 0, own_ref, clone_ref, NULL},
     {"clone, shared", 0, 0, shared_ref, clone_ref, NULL},
@@ -371,7 +455,10 @@ const struct scenario scenarios[] = {
     {"drop, overflow", SCENE_DATA, 0, own_scattered_ref, drop_ref, NULL},
     {"drop, overflow, shared", SCENE_DATA, 0, shared_scattered_ref, drop_ref, NULL},
     {"drop, two overflow frames", SCENE_LONG, 0, long_ref, drop_ref, NULL},
+    {"drop of several", 0, 0, refs_that_were_sent, drop_refs, NULL},
     {"copy-on-write", 0, 0, shared_mapping, store, NULL},
+    {"copy-on-write of a view", 0, 0, shared_view, store, NULL},
+    {"copy-on-write of a view, several pages", 0, 0, shared_view_written_in_order, store, NULL},
     {"copy-on-write, several pages", 0, 0, shared_mapping_written_in_order, store, NULL},
     {"copy-on-write, last holder", 0, 0, mapping_soon_shared_by_nobody, store, other_lets_go},
     {"fill", SCENE_UFFD, 0, lazy_buffer, store, NULL},

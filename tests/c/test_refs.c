@@ -157,7 +157,7 @@ static void moving_and_mapping_change_no_count(void) {
     EXPECT_OK(dm_move_ref(a, id, false, &w, &err), &err);
     EXPECT(dm_ref_flags(dev.refs[w.entry].state) & DM_REF_EXCLUSIVE);
     EXPECT(!memcmp(words, dev.frames, sizeof words));
-    EXPECT(dm_pt_vacant(a, page, 4));
+    EXPECT(dm_window_vacant(a, page, 4));
     id = mapped(b, &w);
     EXPECT(!memcmp(words, dev.frames, sizeof words));
     EXPECT(b->vmas[id].flags & DM_VMA_EXCLUSIVE);

@@ -34,9 +34,16 @@ static void stamp_page(uint64_t *words, uint32_t page, uint64_t stamp) {
     words[511] = stamp ^ page * 0x9e3779b97f4a7c15ull;
 }
 
+/* A page of a view shows its own frame, whatever its page-table entry says. */
+static char *shown_bytes(struct dm_host *h, uint32_t page) {
+    if (h->vmas[h->vma_of[page]].flags & DM_VMA_VIEW)
+        return dm_frame_data(h, dm_identity(h, page));
+    return by_hand_bytes(h, page);
+}
+
 /* What page i of a buffer holds: read without the lock, as a user reads. */
 static uint64_t read_page(struct player *p, uint32_t first, uint32_t i) {
-    const uint64_t *words = (const uint64_t *)by_hand_bytes(p->h, first + i);
+    const uint64_t *words = (const uint64_t *)shown_bytes(p->h, first + i);
     EXPECT_EQ(words[100], i);
     EXPECT_EQ(words[511], words[0] ^ i * 0x9e3779b97f4a7c15ull);
     return words[0];
@@ -62,11 +69,18 @@ static void write_page(struct player *p, struct traffic_buffer *b) {
         return; /* no frame to copy to, or no way to remove protection */
     EXPECT(!(h->kstate[page] & DM_KS_PROTECTED));
     b->stamp[i] = rng_next(&p->rng);
-    stamp_page((uint64_t *)by_hand_bytes(h, page), i, b->stamp[i]);
+    stamp_page((uint64_t *)shown_bytes(h, page), i, b->stamp[i]);
     traffic_expect_unchanged(p, b);
 }
 
 /* ---------------------------------------------------------------- moves */
+
+static bool is_viewed(const struct dm_host *h, uint32_t ref) {
+    for (uint32_t id = 1; id <= h->nr_vmas; id++)
+        if (h->vmas[id].flags & DM_VMA_VIEW && h->vmas[id].ref == ref)
+            return true;
+    return false;
+}
 
 /* Refs whose letters were overwritten are lost; their holder drops some, as dm_detach does: others may be faster. */
 static void sweep(struct player *p) {
@@ -75,7 +89,7 @@ static void sweep(struct player *p) {
     for (uint32_t i = 0; i < h->max_refs; i++) {
         uint64_t word = __atomic_load_n(&h->refs[i].state, __ATOMIC_ACQUIRE);
         uint64_t mine = dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(word));
-        if (dm_ref_state(word) != DM_REF_LIVE || dm_ref_holder(word) != h->id ||
+        if (dm_ref_state(word) != DM_REF_LIVE || dm_ref_holder(word) != h->id || is_viewed(h, i) ||
             rng_below(&p->rng, 2))
             continue;
         if (__atomic_compare_exchange_n(&h->refs[i].state, &word, mine, false, __ATOMIC_ACQ_REL,
@@ -149,7 +163,8 @@ static void send(struct player *p, bool move) {
 static void map(struct player *p, struct dm_ref_wire *w) {
     struct traffic_buffer *b = buffer_of(p, false);
     struct dm_error e;
-    unsigned flags = rng_below(&p->rng, 4) ? 0 : DM_MAP_COPY;
+    static const unsigned any[] = {0, DM_MAP_COPY, DM_MAP_VIEW, DM_MAP_VIEW};
+    unsigned flags = any[rng_below(&p->rng, 4)];
     if (!b || !WON(TRAFFIC_MAP, dm_map_ref(p->h, w, flags, true, &b->id, &e)))
         return;
     counted(&p->traffic->nr_used);

@@ -43,6 +43,7 @@ from tests.model_acts import (
     receive,
     rfree,
     send,
+    view_ref,
     write,
 )
 from tests.plain_model import Handle, Mapping, Model, Pages, Snapshot, compare, longest_vacancy
@@ -136,7 +137,7 @@ class Operations(RuleBasedStateMachine):
         elif isinstance(error, AddressSpaceFull):
             assert area_pages > longest_vacancy(self.device, self.stand.host_ids[host]), str(error)
         else:
-            assert len(self.model.refs) == MAX_REFS, str(error)
+            assert len(self.model.refs) + len(self.model.views()) == MAX_REFS, str(error)
         self.compare()
 
     def compare(self) -> None:
@@ -145,7 +146,7 @@ class Operations(RuleBasedStateMachine):
         else:
             audit = self.device.audit()
             assert audit["nr_violations"] == 0, audit["violations"]
-            assert audit["live_refs"] == len(self.model.refs)
+            assert audit["live_refs"] == len(self.model.refs) + len(self.model.views())
 
     # ------------------------------------------------------------ mappings
 
@@ -279,6 +280,8 @@ class Operations(RuleBasedStateMachine):
         with contextlib.suppress(OutOfFrames), pytest.raises(RefConsumed):
             self.call(handle.host, map_ref, handle.key, self.key(), False, False)
         with pytest.raises(RefConsumed):
+            self.call(handle.host, view_ref, handle.key, self.key())
+        with pytest.raises(RefConsumed):
             self.call(handle.host, clone, handle.key, self.key())
         assert self.call(handle.host, drop, handle.key) is False
 
@@ -320,7 +323,7 @@ class Operations(RuleBasedStateMachine):
             self.model.consume(ref)
 
     @precondition(lambda self: self.model.refs)
-    @rule(which=number, mode=st.sampled_from(["plain", "plain", "copy", "reserve"]))
+    @rule(which=number, mode=st.sampled_from(["plain", "view", "view", "copy", "reserve"]))
     def map_ref(self, which: int, mode: str) -> None:
         if found := self.handle(which):
             ref, handle = found
@@ -330,11 +333,18 @@ class Operations(RuleBasedStateMachine):
         key, nr = self.key(), len(ref.pages)
         copy, reserve = mode == "copy", mode == "reserve"
         try:
-            address = self.call(host, map_ref, source, key, copy, reserve)
+            if mode == "view":
+                address, view = self.call(host, view_ref, source, key)
+            else:
+                address = self.call(host, map_ref, source, key, copy, reserve)
         except (OutOfFrames, AddressSpaceFull) as error:
             self.refused(error, host, nr if copy or reserve else 0, nr)
             return None
-        mapping = self.model.map(ref, host, key, address, copy=copy, reserve=reserve)
+        if mode == "view":
+            event("a view" if view else "no view: a mapping")
+            mapping = self.model.show(ref, host, key, address, view=view)
+        else:
+            mapping = self.model.map(ref, host, key, address, copy=copy, reserve=reserve)
         for other in ref.handles:
             self.expect_consumed(other)
         return mapping
