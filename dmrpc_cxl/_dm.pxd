@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from dmrpc_cxl._layout cimport dm_bool, dm_error, dm_host_entry, dm_ref_wire
+from dmrpc_cxl._layout cimport dm_bool, dm_error, dm_host_entry, dm_ref_wire, dm_superblock
 
 
 cdef extern from "dm.h" nogil:
@@ -59,6 +59,7 @@ cdef extern from "dm.h" nogil:
         uint32_t nr_frames
         uint64_t incarnation
         uint64_t fabric_id
+        dm_superblock *sb
         uint64_t deadline_ns
         bint reads_allocate
         bint fenced

@@ -63,7 +63,7 @@ cdef dict _EXCEPTIONS = {
     DM_ERR_DEADLINE: (_errors.DeadlineExceeded, "no answer before the deadline"),
     DM_ERR_FENCED: (_errors.HostFenced, "this host was declared dead by the coordinator"),
     DM_ERR_RING_CLOSED: (_errors.RingClosed, "closed"),
-    DM_ERR_PEER_GONE: (_errors.PeerGone, "the process at the other end is gone"),
+    DM_ERR_PEER_GONE: (_errors.PeerLost, "the process at the other end is gone"),
 }
 
 # A refusal that has an exception of its own.

@@ -710,13 +710,20 @@ cdef class Host:
             raise_status(s, &err, "create_ref")
         return _ref_held(self, &out)
 
-    cdef Ref move_buffer(self, Buffer b):
+    def move_viewed(self, Buffer b not None):
+        """Move a Buffer that has one view left, which the caller takes away right after: for move() of an array."""
+        b.check("create_ref")
+        if b.host is not self:
+            raise _errors.BadAddress("create_ref: this buffer belongs to another host of this process")
+        return self.move_buffer(b, 1)
+
+    cdef Ref move_buffer(self, Buffer b, int nr_views=0):
         cdef dm_error err = no_error()
         cdef dm_ref_wire out
         cdef dm_host *h = self.enter("create_ref")
         cdef int s = DM_AGAIN_BLOCKING
         b.check("create_ref")
-        if b.exports:
+        if b.exports > nr_views:
             raise _errors.BufferInUse(f"create_ref: {b.exports} views on this buffer are alive; it cannot move")
         b.live = False
         if dm_try_lock(h):
@@ -907,6 +914,17 @@ cdef class Host:
     def id(self):
         """Host id, 1 and up. Paper: global PID."""
         return self.enter("id").id
+
+    @property
+    def fabric_id(self):
+        """Random number of the fabric's device."""
+        return self.enter("fabric_id").fabric_id
+
+    @property
+    def secret(self):
+        """What whoever may open the device can prove to others that may; see :mod:`dmrpc_cxl.rpc.endpoint`."""
+        cdef dm_host *h = self.enter("secret")
+        return PyBytes_FromStringAndSize(<char *>h.sb.secret, DM_SECRET_BYTES)
 
     @property
     def page_size(self):

@@ -191,6 +191,11 @@ class Host:
     @property
     def id(self) -> int: ...
     @property
+    def fabric_id(self) -> int: ...
+    @property
+    def secret(self) -> bytes: ...
+    def move_viewed(self, b: Buffer) -> Ref: ...
+    @property
     def page_size(self) -> int: ...
     @property
     def handler_tid(self) -> int: ...
@@ -275,14 +280,12 @@ class Ring:
     ) -> None:
         """Send what the parts hold together, and wait for room if need be.
 
-        Raises DeadlineExceeded, or PeerGone when peer_fd has ended. If nothing had gone out, nothing
+        Raises DeadlineExceeded, or PeerLost when peer_fd has ended. If nothing had gone out, nothing
         has changed. Otherwise the stream ends in a torn frame, the ring is closed for sending, the
         text says so, and later sends raise RingClosed.
         """
 
-    def try_send(
-        self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0
-    ) -> int:
+    def try_send(self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0) -> int:
         """Write what fits, from byte `skip` of the whole on, and return how many bytes that was.
 
         If that was not all, our bell rings once half the ring is free.

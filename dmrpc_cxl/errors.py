@@ -34,7 +34,6 @@ The first level says whose fault it is::
         │   └── RemoteProtocolError         theirs
         ├── DeadlineExceeded (TimeoutError)
         ├── HostFenced                      this host was declared dead
-        ├── PeerGone (ConnectionError)      the process at the other end of a ring is gone
         ├── ServiceNotFound (LookupError)
         ├── ServiceExists (ValueError)
         └── CallError                       a remote procedure call gave no result
@@ -198,10 +197,6 @@ class DeadlineExceeded(PeerError, TimeoutError):
 
 class HostFenced(PeerError):
     """This host was declared dead by the coordinator and must not touch the fabric any more."""
-
-
-class PeerGone(PeerError, ConnectionError):
-    """The process at the other end of a ring is gone."""
 
 
 class ServiceNotFound(PeerError, LookupError):

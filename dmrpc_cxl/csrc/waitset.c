@@ -175,7 +175,7 @@ static int add(struct dm_waitset *w, struct dm_ring *r, int fd, int64_t key, uin
 
 int dm_waitset_add_fd(struct dm_waitset *w, int fd, int64_t key, bool edge, struct dm_error *e) {
     pthread_mutex_lock(&w->lock);
-    int s = add(w, NULL, fd, key, EPOLLIN | EPOLLRDHUP | (edge ? EPOLLET : 0), e);
+    int s = add(w, NULL, fd, key, EPOLLIN | EPOLLRDHUP | (edge ? EPOLLET | EPOLLOUT : 0), e);
     pthread_mutex_unlock(&w->lock);
     return s;
 }

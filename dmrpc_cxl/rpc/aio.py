@@ -134,7 +134,9 @@ class AsyncConnection(Connection):
         except PeerLost as error:
             self.close(PeerLost(f"{self.service}: {error}"))
 
-    async def submit(self, call: Prepared, pending: _AsyncPending, encoded: Encoded, meta: bytes) -> None:
+    async def submit(
+        self, call: Prepared, pending: _AsyncPending, encoded: Encoded, meta: bytes
+    ) -> None:
         """Send a call; waits while too much is unsent.
 
         Raises:
@@ -214,7 +216,9 @@ class AsyncMethods:
                 left = max(0.05, give_up - time.monotonic())
                 channel, welcome = await loop.run_in_executor(None, link.open, left)
                 assert link.table is not None
-                self._connection = AsyncConnection(link.host, link.service, channel, welcome, link.table, loop)
+                self._connection = AsyncConnection(
+                    link.host, link.service, channel, welcome, link.table, loop
+                )
                 return self._connection
             except PeerLost:
                 pause = backoff.pause()

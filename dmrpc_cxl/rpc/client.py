@@ -24,7 +24,6 @@ from ..errors import (
     AccessDenied,
     BadRef,
     CallCancelled,
-    CallError,
     DeadlineExceeded,
     DmError,
     InterfaceMismatch,
@@ -41,7 +40,7 @@ from ..errors import (
 )
 from ..host import Host
 from . import endpoint, frames
-from .calls import Call, _current
+from .calls import _current
 from .channel import Channel
 from .frames import Code, Flag, Frame, Kind, Method, Welcome
 from .interface import Interface
@@ -74,7 +73,12 @@ class Outbound:
     __slots__ = ("arguments", "metadata", "method", "service", "timeout")
 
     def __init__(
-        self, service: str, method: str, arguments: tuple[Any, ...], metadata: dict[str, str], timeout: float | None
+        self,
+        service: str,
+        method: str,
+        arguments: tuple[Any, ...],
+        metadata: dict[str, str],
+        timeout: float | None,
     ) -> None:
         self.service = service
         self.method = method
@@ -141,7 +145,9 @@ def _remote_kind(names: Sequence[str]) -> type[RemoteError]:
         if not isinstance(kind, type) or not issubclass(kind, Exception) or kind is Exception:
             continue
         with contextlib.suppress(TypeError):  # layouts may conflict
-            made = type(f"Remote{name}", (RemoteError, kind), {"__module__": RemoteError.__module__})
+            made = type(
+                f"Remote{name}", (RemoteError, kind), {"__module__": RemoteError.__module__}
+            )
             made("")  # some want more arguments than a text
             _kinds[key] = made
             return made
@@ -210,7 +216,9 @@ class Connection:
         elif kind == Kind.GOAWAY:
             self.leaving = True
         elif kind == Kind.ERROR:
-            raise RemoteProtocolError(f"{self.service} objects to what it was sent: {frames.read_error(frame).message}")
+            raise RemoteProtocolError(
+                f"{self.service} objects to what it was sent: {frames.read_error(frame).message}"
+            )
         else:
             raise RemoteProtocolError(f"a server does not send frames of kind {kind}")
 
@@ -220,7 +228,9 @@ class Connection:
             if frame.kind == Kind.ERROR:
                 failure = error_of(frame, self.service, pending.method)
             elif frame.flags & Flag.PICKLED and not self.welcome.pickle:
-                failure = RemoteProtocolError(f"{self.service} sent a pickle, which was not asked for")
+                failure = RemoteProtocolError(
+                    f"{self.service} sent a pickle, which was not asked for"
+                )
             else:
                 value = _only(pending.reader.read(self.host, frame))
         except DmError as error:
@@ -292,12 +302,18 @@ class SyncConnection(Connection):
             pending.call_id = call_id = next(self.ids)  # in the order of sending: the server checks
             head = call.head(pending, encoded, meta)
             self.pending[call_id] = pending
-            timeout = None if pending.deadline is None else max(0.0, pending.deadline - time.monotonic())
+            timeout = (
+                None if pending.deadline is None else max(0.0, pending.deadline - time.monotonic())
+            )
             try:
                 self.channel.send((head, *encoded.inline) if encoded.inline else head, timeout)
             except (DmError, ValueError) as error:
                 self.pending.pop(call_id, None)
-                failure = error if isinstance(error, DmError) else PeerLost(f"{self.service}: the client was closed")
+                failure = (
+                    error
+                    if isinstance(error, DmError)
+                    else PeerLost(f"{self.service}: the client was closed")
+                )
                 self.lost = PeerLost(f"{self.service}: {failure}")  # a part of the frame may be out
                 raise failure from None
 
@@ -337,7 +353,10 @@ class SyncConnection(Connection):
                         with self.turn:
                             self.turn.notify_all()
                 if not pending.done:
-                    self.give_up(pending, DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time"))
+                    self.give_up(
+                        pending,
+                        DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time"),
+                    )
             else:
                 self._follow(pending)
 
@@ -353,8 +372,14 @@ class SyncConnection(Connection):
                     self.turn.wait(0.1 if left is None else min(left, 0.1))
             finally:
                 self.nr_followers -= 1
-        if not pending.done and pending.deadline is not None and time.monotonic() >= pending.deadline:
-            self.give_up(pending, DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time"))
+        if (
+            not pending.done
+            and pending.deadline is not None
+            and time.monotonic() >= pending.deadline
+        ):
+            self.give_up(
+                pending, DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time")
+            )
 
     def poll(self) -> None:
         """Take what is there, if no other thread is at it."""
@@ -416,7 +441,11 @@ class CallFuture:
         pending = self._pending
         if not pending.done:
             pending.connection.poll()
-            if not pending.done and pending.deadline is not None and time.monotonic() > pending.deadline:
+            if (
+                not pending.done
+                and pending.deadline is not None
+                and time.monotonic() > pending.deadline
+            ):
                 pending.connection.give_up(
                     pending, DeadlineExceeded(f"{pending.method}: no reply in time")
                 )
@@ -449,7 +478,9 @@ class CallFuture:
                 while not self.done():
                     left = give_up - time.monotonic()
                     if left <= 0:
-                        raise concurrent.futures.TimeoutError(f"{pending.method}: no reply in {timeout} s")
+                        raise concurrent.futures.TimeoutError(
+                            f"{pending.method}: no reply in {timeout} s"
+                        )
                     if pending.connection.read_lock.acquire(False):
                         try:
                             with contextlib.suppress(ValueError):
@@ -489,7 +520,9 @@ class MethodTable:
     """The methods of a service, as the server named them."""
 
     def __init__(self, welcome: Welcome, interface: Interface | None) -> None:
-        self.methods = {method.name: (number, method) for number, method in enumerate(welcome.methods)}
+        self.methods = {
+            method.name: (number, method) for number, method in enumerate(welcome.methods)
+        }
         self.readers: dict[str, Reader] = {}
         for name in self.methods:
             wanted = interface.results.get(name, Any) if interface else Any
@@ -546,7 +579,9 @@ def check_interface(service: str, welcome: Welcome, interface: Interface) -> Non
         method = theirs.get(mine.name)
         if method is None:
             raise InterfaceMismatch(f"{service} ({welcome.service}) has no method {mine.name}")
-        if method.parameters[: len(mine.parameters)] != mine.parameters or method.nr_required > len(mine.parameters):
+        if method.parameters[: len(mine.parameters)] != mine.parameters or method.nr_required > len(
+            mine.parameters
+        ):
             raise InterfaceMismatch(
                 f"{service}.{mine.name} is {mine.name}{method.signature} there, and {mine.name}{mine.signature} here"
             )
@@ -729,7 +764,11 @@ class Client:
 
     def __repr__(self) -> str:
         connection = self._link.connection
-        how = connection.channel.kind if connection is not None and connection.lost is None else "not connected"
+        how = (
+            connection.channel.kind
+            if connection is not None and connection.lost is None
+            else "not connected"
+        )
         return f"<Client of {self._link.service!r}, {how}>"
 
 
@@ -813,7 +852,9 @@ class _Caller(Prepared):
             if call.about_to_block is not None:
                 call.about_to_block()
             forget = call.when_cancelled(
-                lambda: pending.connection.give_up(pending, CallCancelled(f"{call.method}: the caller cancelled"))
+                lambda: pending.connection.give_up(
+                    pending, CallCancelled(f"{call.method}: the caller cancelled")
+                )
             )
             try:
                 pending.connection.await_(pending)
@@ -824,7 +865,11 @@ class _Caller(Prepared):
         return pending.value
 
     def start(
-        self, arguments: tuple[Any, ...], keywords: dict[str, Any], timeout: float | None, meta: bytes
+        self,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        timeout: float | None,
+        meta: bytes,
     ) -> SyncPending:
         """Send a call. When the connection turns out to be dead before the call is sent, over a new one."""
         link = self.link
@@ -856,7 +901,11 @@ class _Caller(Prepared):
             self.look_up()
         arguments = positional(self.link.service, self.method, arguments, keywords)
         outbound = Outbound(
-            self.link.service, self.name, arguments, dict(self.options.metadata), self.options.timeout
+            self.link.service,
+            self.name,
+            arguments,
+            dict(self.options.metadata),
+            self.options.timeout,
         )
 
         def proceed() -> Any:
@@ -873,7 +922,9 @@ class _Step:
 
     __slots__ = ("interceptor", "outbound", "proceed")
 
-    def __init__(self, interceptor: ClientInterceptor, outbound: Outbound, proceed: Callable[[], Any]) -> None:
+    def __init__(
+        self, interceptor: ClientInterceptor, outbound: Outbound, proceed: Callable[[], Any]
+    ) -> None:
         self.interceptor = interceptor
         self.outbound = outbound
         self.proceed = proceed

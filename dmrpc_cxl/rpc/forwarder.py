@@ -435,13 +435,17 @@ class Forwarder:
                 return
             self._forget(fd)
             if hello.service != self.name:
-                handshake.refuse(Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here"))
+                handshake.refuse(
+                    Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here")
+                )
                 return
             assert self._welcome is not None
             self._add(_Client(handshake.welcome(self._welcome, self._ring_bytes), next(self._keys)))
         except (AccessDenied, InterfaceMismatch) as error:
             self._forget(fd)
-            handshake.refuse(Code.DENIED if isinstance(error, AccessDenied) else Code.VERSION, error)
+            handshake.refuse(
+                Code.DENIED if isinstance(error, AccessDenied) else Code.VERSION, error
+            )
         except (DmError, OSError):
             self._forget(fd)
             handshake.channel.close()

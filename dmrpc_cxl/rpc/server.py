@@ -253,11 +253,11 @@ class Server:
                     self._work_off_queue()
 
     def _attend(self, connection: _Connection) -> None:
-        """Read and run what a connection has, until it has nothing or somebody else reads it."""
+        """Read and run what a connection has, until it has nothing."""
         channel = connection.channel
         while not connection.closed:
-            if not connection.read_lock.acquire(False):
-                return
+            # Whoever holds it may have armed the ring just now, and this thread got its report: it has to look.
+            connection.read_lock.acquire()
             try:
                 try:
                     data = channel.recv()
