@@ -54,7 +54,8 @@
 
 _Static_assert(sizeof(struct dm_ring_control) == 512, "a control block is 512 bytes");
 _Static_assert(offsetof(struct dm_ring_shared, to_server) == 1024, "control 1 is at 1024");
-_Static_assert(sizeof(struct dm_ring_shared) <= DM_RING_DATA, "data comes behind the control blocks");
+_Static_assert(sizeof(struct dm_ring_shared) <= DM_RING_DATA,
+               "data comes behind the control blocks");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sizes and the futex are little-endian");
 
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
@@ -66,9 +67,9 @@ uint32_t dm_ring_forks;
 
 /* One writer each; others may read. */
 #define COUNT(counter, n)                                                                          \
-    atomic_store_explicit(                                                                         \
-        &(counter), atomic_load_explicit(&(counter), memory_order_relaxed) + (n),                  \
-        memory_order_relaxed)
+    atomic_store_explicit(&(counter),                                                              \
+                          atomic_load_explicit(&(counter), memory_order_relaxed) + (n),            \
+                          memory_order_relaxed)
 
 static int corrupt(bool *broken, struct dm_error *e, const char *what) {
     *broken = true;
