@@ -368,9 +368,11 @@ static void gather(struct cursor *c, char *to, uint64_t n) {
  * it has read what we are about to overwrite. */
 static int64_t room_now(struct dm_ring *r) {
     struct dm_ring_out *o = &r->out;
-    o->head_seen = atomic_load_explicit(&o->c->head, memory_order_acquire);
-    uint64_t used = o->tail - o->head_seen;
-    return used <= r->capacity ? (int64_t)(r->capacity - used) : -1;
+    uint64_t head = atomic_load_explicit(&o->c->head, memory_order_acquire);
+    if (o->tail - head > r->capacity)
+        return -1;
+    o->head_seen = head; /* only what has been checked: what is written relies on it */
+    return (int64_t)(r->capacity - (o->tail - head));
 }
 
 /* Release, with the consumer's acquire of tail; the fence is the producer's half of Dekker's handshake. */
@@ -526,9 +528,11 @@ int dm_ring_send(struct dm_ring *r, const struct iovec *iov, uint64_t total, uin
 static int64_t data_now(struct dm_ring *r) {
     struct dm_ring_in *i = &r->in;
     uint64_t head = atomic_load_explicit(&i->head, memory_order_relaxed);
-    i->tail_seen = atomic_load_explicit(&i->c->tail, memory_order_acquire);
-    uint64_t there = i->tail_seen - head;
-    return there <= r->capacity ? (int64_t)there : -1;
+    uint64_t tail = atomic_load_explicit(&i->c->tail, memory_order_acquire);
+    if (tail - head > r->capacity)
+        return -1;
+    i->tail_seen = tail; /* only what has been checked: what is copied relies on it */
+    return (int64_t)(tail - head);
 }
 
 static void wake_producer(struct dm_ring *r) {

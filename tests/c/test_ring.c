@@ -274,6 +274,7 @@ static void an_impossible_read_index_is_an_error_of_the_sender(void) {
         uint64_t done = 0;
         EXPECT_EQ(dm_ring_send(p.server, &v, 64, &done, 1, &e), DM_OK);
         atomic_store(&p.client->in.c->head, lies[i]);
+        EXPECT(!dm_ring_fits(p.server, 64));
         done = 0;
         EXPECT_EQ(dm_ring_send(p.server, &v, 64, &done, 1, &e), DM_ERR_PROTOCOL);
         EXPECT_EQ(dm_ring_send(p.server, &v, 64, &done, 1, &e), DM_ERR_RING_CLOSED);
@@ -337,6 +338,7 @@ static void garbled_indices_never_do_worse_than_an_error(void) {
             uint64_t done = 0, there;
             fill(frame, size, (uint64_t)i);
             struct iovec v = {frame, size};
+            (void)dm_ring_fits(p.server, size);
             int s = dm_ring_send(p.server, &v, size, &done, 1, &e);
             int64_t n = dm_ring_begin(p.server, &there, &e);
             if (n > 0)
