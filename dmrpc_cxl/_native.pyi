@@ -277,9 +277,7 @@ class Ring:
         text says so, and later sends raise RingClosed.
         """
 
-    def try_send(
-        self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0
-    ) -> int:
+    def try_send(self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0) -> int:
         """Write what fits, from byte `skip` of the whole on, and return how many bytes that was.
 
         If that was not all, our bell rings once half the ring is free.
