@@ -16,12 +16,12 @@ from typing import Any
 
 from dmrpc_cxl._native import Ring
 
-WATCHDOG_S = 100
+WATCHDOG_S = 60
 
 
-def attach(server: Ring, **how: int) -> Ring:
-    """Attach the client of a pair."""
-    memory, my_bell, peer_bell = server.fds
+def attach(server: Ring | tuple[int, int, int], **how: int) -> Ring:
+    """Attach the client of a pair; a forked child may not ask the ring, so it brings its fds."""
+    memory, my_bell, peer_bell = server.fds if isinstance(server, Ring) else server
     return Ring.attach(memory, peer_bell, my_bell, **how)
 
 

@@ -20,9 +20,10 @@ SIZES = [40, 41, 4096, 65535, 65536, 65537, 1 << 20, (1 << 20) + 1, 5_000_001, 6
 
 def stream_and_return() -> None:
     server = Ring.create(capacity=64 << 10)
+    fds = server.fds
 
     def child() -> None:
-        client = attach(server)
+        client = attach(fds)
         for number, size in enumerate(SIZES):
             got = receive(client)
             assert got == frame(size, number)
@@ -42,6 +43,7 @@ def test_frames_of_40_bytes_to_64_mib_stream_through_a_ring_of_64_kib() -> None:
 
 def both_ways(seed: int) -> None:
     server = Ring.create(capacity=64 << 10)
+    fds = server.fds
 
     def talk(ring: Ring, mine: int, its: int) -> None:
         def send() -> None:
@@ -56,7 +58,7 @@ def both_ways(seed: int) -> None:
             assert receive(ring) == frame(int(40 * 1.08 ** rng.randrange(150)), number)
         thread.join()
 
-    pid = forked(lambda: talk(attach(server), seed, seed + 1))
+    pid = forked(lambda: talk(attach(fds), seed, seed + 1))
     talk(server, seed + 1, seed)
     ended(pid)
 
@@ -70,12 +72,13 @@ def test_both_directions_stream_at_once() -> None:
 
 def killed(blocked_in_send: bool) -> None:
     server = Ring.create(capacity=64 << 10)
+    fds = server.fds
     mine, its = socket.socketpair()
     server.set_peer_fd(mine.fileno())
 
     def child() -> None:
         mine.close()
-        client = attach(server)
+        client = attach(fds)
         client.send(frame(60))
         signal.pause()
 
@@ -107,11 +110,12 @@ def test_the_death_of_the_peer_ends_a_blocked_send() -> None:
 
 def play(nr: int, cpus: int, spin_us: int) -> None:
     server = Ring.create(capacity=4096)
+    fds = server.fds
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
     server.spin_us = spin_us
 
     def child() -> None:
-        client = attach(server)
+        client = attach(fds)
         client.spin_us = spin_us
         for _ in range(nr):
             client.send(receive(client))
@@ -133,10 +137,11 @@ def test_no_wake_up_is_lost_in_a_long_rally(cpus: int, spin_us: int) -> None:
 def squeeze(cpus: int) -> None:
     """Many more bytes than fit go one way: the producer sleeps for space, the consumer for data."""
     server = Ring.create(capacity=128)
+    fds = server.fds
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
 
     def child() -> None:
-        client = attach(server)
+        client = attach(fds)
         for number in range(20_000):
             assert len(receive(client)) == 40 + number % 300
 

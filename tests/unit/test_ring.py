@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import gc
 import mmap
 import os
@@ -10,7 +11,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -372,40 +373,42 @@ def test_a_claimed_size_costs_no_memory_before_bytes_arrive() -> None:
         assert int(file.read().split()[0]) - before < 4096  # pages: far from 1 GiB
 
 
+def lie(memory: mmap.mmap, stop: threading.Event, seed: float) -> None:
+    rng = random.Random(seed)
+    while not stop.is_set():
+        control = rng.choice([TO_CLIENT, TO_SERVER])
+        near = struct.unpack_from("<Q", memory, control + HEAD)[0] + rng.randrange(-50, 5000)
+        value = rng.choice([near % 2**64, near % 2**64, rng.getrandbits(64)])
+        poke(memory, control + rng.choice([0, 128, 256, 384]), value)
+        at = DATA + rng.randrange(2 * 4096 - 4)
+        memory[at : at + 4] = struct.pack("<I", rng.choice([40, 60, 5000, 2**31]))
+
+
+def try_everything(server: Ring, client: Ring, rng: random.Random) -> None:
+    for act in (
+        lambda: server.send(frame(rng.choice([40, 1000, 9000])), timeout=0.001),
+        server.recv,
+        lambda: server.wait(0.0001),
+        lambda: server.try_send(frame(3000)),
+        server.arm,
+        lambda: client.send(frame(60), timeout=0),
+    ):
+        with contextlib.suppress(RemoteProtocolError, RingClosed, DeadlineExceeded):
+            act()
+
+
 def garble(seed: int) -> None:
     """Change words of the memory at every moment between calls, and at any moment within them."""
     rng = random.Random(seed)
-    for _ in range(100):
+    for _ in range(60):
         server = Ring.create(capacity=4096)
         client = attach(server)
         memory = mmap.mmap(server.fds[0], DATA + 2 * 4096)
         stop = threading.Event()
-
-        def lie(memory=memory, stop=stop, seed=rng.random()) -> None:
-            rng = random.Random(seed)
-            while not stop.is_set():
-                control = rng.choice([TO_CLIENT, TO_SERVER])
-                near = struct.unpack_from("<Q", memory, control + HEAD)[0] + rng.randrange(
-                    -50, 5000
-                )
-                value = rng.choice([near % 2**64, near % 2**64, rng.getrandbits(64)])
-                poke(memory, control + rng.choice([0, 128, 256, 384]), value)
-                at = DATA + rng.randrange(2 * 4096 - 4)
-                memory[at : at + 4] = struct.pack("<I", rng.choice([40, 60, 5000, 2**31]))
-
-        liar = threading.Thread(target=lie)
+        liar = threading.Thread(target=lie, args=(memory, stop, rng.random()))
         liar.start()
         for _ in range(30):
-            for act in (
-                lambda: server.send(frame(rng.choice([40, 1000, 9000])), timeout=0.001),
-                server.recv,
-                lambda: server.wait(0.0001),
-                lambda: server.try_send(frame(3000)),
-                server.arm,
-                lambda: client.send(frame(60), timeout=0),
-            ):
-                with contextlib.suppress(RemoteProtocolError, RingClosed, DeadlineExceeded):
-                    act()
+            try_everything(server, client, rng)
         stop.set()
         liar.join()
         memory.close()
@@ -461,20 +464,20 @@ def test_rings_leave_no_descriptor_no_mapping_and_no_file() -> None:
     assert Path("/proc/self/maps").read_text().count("dmrpc-ring") == mapped
 
 
+def expect_closed(act: Callable[[], object], ends: list[int]) -> None:
+    try:
+        act()
+    except RingClosed:
+        ends.append(1)
+
+
 def close_under_calls() -> None:
     for _ in range(300):
         server, client = pair(capacity=64)
-        ends = []
-
-        def expect_closed(act, ends=ends) -> None:
-            try:
-                act()
-            except RingClosed:
-                ends.append(act)
-
+        ends: list[int] = []
         threads = [
-            threading.Thread(target=expect_closed, args=(act,))
-            for act in (lambda: server.wait(), lambda: server.send(frame(100)))
+            threading.Thread(target=expect_closed, args=(act, ends))
+            for act in (server.wait, functools.partial(server.send, frame(100)))
         ]
         for thread in threads:
             thread.start()
@@ -631,15 +634,10 @@ def test_every_frame_of_eight_rings_is_handled_once_by_four_threads(spin_us: int
 def close_while_all_wait() -> None:
     for _ in range(100):
         waiting = WaitSet()
-        ends = []
-
-        def wait(waiting=waiting, ends=ends) -> None:
-            try:
-                waiting.wait()
-            except RingClosed:
-                ends.append(1)
-
-        threads = [threading.Thread(target=wait) for _ in range(4)]
+        ends: list[int] = []
+        threads = [
+            threading.Thread(target=expect_closed, args=(waiting.wait, ends)) for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         waiting.close()
