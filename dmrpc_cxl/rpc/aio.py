@@ -277,8 +277,7 @@ class _AsyncCaller(Prepared):
                 connection = await self.methods._get(deadline)
                 await connection.submit(self, pending, encoded, self.meta)
         except BaseException:
-            if pending.refs:
-                self.link.host.drop_refs(pending.refs)
+            self.link.marshaller.take_back(encoded)
             raise
         return await self._wait(connection, pending)
 

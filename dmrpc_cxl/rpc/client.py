@@ -890,8 +890,7 @@ class _Caller(Prepared):
                     pending.reader = self.reader
                 connection.submit(self, pending, encoded, meta)
         except BaseException:
-            if pending.refs:
-                link.host.drop_refs(pending.refs)
+            link.marshaller.take_back(encoded)
             raise
         return pending
 
