@@ -557,7 +557,9 @@ class Reader:
     def _read_blobs(self, frame: Frame) -> Any:
         plain = _decode_plain(frame.body)
         if not frame.flags & Flag.PICKLED:
-            return msgspec.convert(plain, self.wanted, builtin_types=_NATIVE, dec_hook=_check_custom)
+            return msgspec.convert(
+                plain, self.wanted, builtin_types=_NATIVE, dec_hook=_check_custom
+            )
         if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list):
             raise RemoteProtocolError("a pickle without its list of buffers")
         try:
@@ -589,9 +591,14 @@ _UNSENDABLE = (
 
 
 def _take_back(host: Host, refs: bytes | bytearray, lent: list[Ref] | tuple[Ref, ...]) -> None:
-    for ref in lent:
-        with contextlib.suppress(DmError):
-            ref.accept()  # under new bytes: those in the message are worth nothing any more
+    if lent:
+        theirs = set()
+        for ref in lent:
+            with contextlib.suppress(DmError):  # used up by somebody else
+                theirs.add(ref.to_bytes())
+                ref.accept()  # from now on dropped when forgotten, as if it had never been sent
+        every = (bytes(refs[at : at + REF_BYTES]) for at in range(0, len(refs), REF_BYTES))
+        refs = b"".join(ref for ref in every if ref not in theirs)
     if refs:
         host.drop_refs(refs)
 
