@@ -424,6 +424,8 @@ class _Incoming:
 
     def _inline(self, place: int, nbytes: int) -> int:
         frame = self.frame
+        if not nbytes:
+            return 0  # there may be no inline part at all
         at = frame.inline_at + (-1 - place)
         if not frame.inline_at or nbytes < 0 or at + nbytes > len(frame.data):
             raise RemoteProtocolError(
