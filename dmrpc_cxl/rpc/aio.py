@@ -308,3 +308,6 @@ class _AsyncCaller(Prepared):
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 if pending.future.done() and not pending.future.cancelled():
                     pending.future.exception()
+            del (
+                pending
+            )  # no circle over this frame: it would keep the arguments until the collector runs

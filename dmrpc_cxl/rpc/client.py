@@ -463,7 +463,10 @@ class CallFuture:
         """
         error = self.exception(timeout)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del self, error  # no circle over this frame
         return self._pending.value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -861,7 +864,10 @@ class _Caller(Prepared):
             finally:
                 forget()
         if pending.error is not None:
-            raise pending.error
+            try:
+                raise pending.error
+            finally:  # no circle over this frame: it would keep the arguments until the collector runs
+                del pending
         return pending.value
 
     def start(
