@@ -44,8 +44,12 @@ def receive(ring: Ring) -> bytearray:
     return got
 
 
-def _main(act: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _watchdog() -> None:
     faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+
+
+def _main(act: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _watchdog()
     try:
         act(*arguments)
     except BaseException:
@@ -68,9 +72,12 @@ def in_program(act: Callable[..., Any], *arguments: Any) -> None:
 
 def forked(act: Callable[[], Any]) -> int:
     """Run act in a forked child, and return its number; only in programs without other threads."""
+    # A child would wait for its parent's watchdog, which is a thread and not there.
+    faulthandler.cancel_dump_traceback_later()
     pid = os.fork()
     if pid == 0:
         _main(act, ())
+    _watchdog()
     return pid
 
 
