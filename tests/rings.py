@@ -31,7 +31,7 @@ def pair(**how: int) -> tuple[Ring, Ring]:
     return server, attach(server)
 
 
-def frame(size: int, number: int = 0) -> bytes:
+def frame(size: int, number: int = 0) -> bytes | bytearray:
     """Make a frame whose bytes depend on its number."""
     block = random.Random(number).randbytes(min(size, 65537))
     return struct.pack("<I", size) + (block * (size // len(block) + 1))[: size - 4]
