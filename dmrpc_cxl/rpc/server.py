@@ -345,6 +345,7 @@ class Server:
             call = Call(
                 self._methods[frame.method].name, frames.read_meta(frame), deadline, connection.key
             )
+            call.since = now
             connection.calls[call_id] = call
             return call
         if frame.kind == Kind.CANCEL:
@@ -782,6 +783,9 @@ class Server:
         if self._queue:
             busy = True
             self._expire_queue()
+            with contextlib.suppress(IndexError):
+                if self._queue[0][2].since < now - 2 * TICK_SECONDS:  # those calls do take long
+                    self._call_others(len(self._queue))
         return busy
 
     def _read_aside(self, connection: _Connection) -> None:
@@ -832,7 +836,7 @@ class Server:
             self._queue.append((connection, frame, call))
             nr_queued += 1
         if nr_queued:
-            self._call_others(nr_queued)
+            self._call_others()  # one: several that run short calls would only take the interpreter from each other
 
     def _call_others(self, n: int = 1) -> None:
         with self._lock:
