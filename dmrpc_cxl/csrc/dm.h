@@ -113,7 +113,7 @@ void dm_map_commit(struct dm_host *h, uint32_t index, uint32_t page, uint32_t nr
                    const struct dm_runs *runs);
 
 /* view.c: view_ref */
-int dm_view_new(struct dm_host *h, uint32_t index, uint64_t claimed, uint32_t page, bool exclusive,
+int dm_view_new(struct dm_host *h, uint32_t index, uint64_t before, uint32_t page, bool exclusive,
                 uint32_t *id, struct dm_error *e);
 void dm_view_materialise(struct dm_host *h, uint32_t id);
 void dm_view_free(struct dm_host *h, uint32_t id);

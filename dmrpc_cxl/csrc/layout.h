@@ -129,7 +129,7 @@ struct dm_intent {
     X(create_ref_calls, "create_ref operations that share")                                        \
     X(move_ref_calls, "create_ref operations that move")                                           \
     X(map_ref_calls, "map_ref operations")                                                         \
-    X(map_exclusive, "map_ref operations that found the Ref exclusive")                            \
+    X(map_exclusive, "map_ref and view_ref operations that found the Ref exclusive")               \
     X(map_scattered, "map_ref operations served from the VMA area")                                \
     X(eager_copies, "map_ref operations that copied every page")                                   \
     X(clone_calls, "Ref.clone operations")                                                         \

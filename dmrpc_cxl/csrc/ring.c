@@ -54,7 +54,8 @@
 
 _Static_assert(sizeof(struct dm_ring_control) == 512, "a control block is 512 bytes");
 _Static_assert(offsetof(struct dm_ring_shared, to_server) == 1024, "control 1 is at 1024");
-_Static_assert(sizeof(struct dm_ring_shared) <= DM_RING_DATA, "data comes behind the control blocks");
+_Static_assert(sizeof(struct dm_ring_shared) <= DM_RING_DATA,
+               "data comes behind the control blocks");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sizes and the futex are little-endian");
 
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
@@ -66,9 +67,9 @@ uint32_t dm_ring_forks;
 
 /* One writer each; others may read. */
 #define COUNT(counter, n)                                                                          \
-    atomic_store_explicit(                                                                         \
-        &(counter), atomic_load_explicit(&(counter), memory_order_relaxed) + (n),                  \
-        memory_order_relaxed)
+    atomic_store_explicit(&(counter),                                                              \
+                          atomic_load_explicit(&(counter), memory_order_relaxed) + (n),            \
+                          memory_order_relaxed)
 
 static int corrupt(bool *broken, struct dm_error *e, const char *what) {
     *broken = true;
@@ -367,9 +368,11 @@ static void gather(struct cursor *c, char *to, uint64_t n) {
  * it has read what we are about to overwrite. */
 static int64_t room_now(struct dm_ring *r) {
     struct dm_ring_out *o = &r->out;
-    o->head_seen = atomic_load_explicit(&o->c->head, memory_order_acquire);
-    uint64_t used = o->tail - o->head_seen;
-    return used <= r->capacity ? (int64_t)(r->capacity - used) : -1;
+    uint64_t head = atomic_load_explicit(&o->c->head, memory_order_acquire);
+    if (o->tail - head > r->capacity)
+        return -1;
+    o->head_seen = head; /* only what has been checked: what is written relies on it */
+    return (int64_t)(r->capacity - (o->tail - head));
 }
 
 /* Release, with the consumer's acquire of tail; the fence is the producer's half of Dekker's handshake. */
@@ -525,9 +528,11 @@ int dm_ring_send(struct dm_ring *r, const struct iovec *iov, uint64_t total, uin
 static int64_t data_now(struct dm_ring *r) {
     struct dm_ring_in *i = &r->in;
     uint64_t head = atomic_load_explicit(&i->head, memory_order_relaxed);
-    i->tail_seen = atomic_load_explicit(&i->c->tail, memory_order_acquire);
-    uint64_t there = i->tail_seen - head;
-    return there <= r->capacity ? (int64_t)there : -1;
+    uint64_t tail = atomic_load_explicit(&i->c->tail, memory_order_acquire);
+    if (tail - head > r->capacity)
+        return -1;
+    i->tail_seen = tail; /* only what has been checked: what is copied relies on it */
+    return (int64_t)(tail - head);
 }
 
 static void wake_producer(struct dm_ring *r) {

@@ -60,8 +60,8 @@ struct dm_ring_shared {
 /* Spin or not: an average of how often spinning was worth it. One thread uses it at a time. */
 struct dm_spin {
     _Atomic uint32_t budget_ns; /* 0: never */
-    uint32_t wins;      /* average, in 1/256 */
-    uint32_t skipped;   /* waits since the last probe */
+    uint32_t wins;              /* average, in 1/256 */
+    uint32_t skipped;           /* waits since the last probe */
     _Atomic uint64_t won, lost;
 };
 
@@ -98,10 +98,10 @@ struct dm_ring {
     _Alignas(128) struct dm_ring_shared *shared;
     uint64_t capacity;
     uint32_t max_frame;
-    uint32_t forks;                  /* dm_ring_forks at birth */
-    int memfd, my_bell, peer_bell;   /* eventfds: who writes my_bell wakes me */
-    int alarm;                       /* private eventfd: readable once the ring is closed */
-    int epfd;                        /* of dm_ring_wait; made when it is first needed */
+    uint32_t forks;                /* dm_ring_forks at birth */
+    int memfd, my_bell, peer_bell; /* eventfds: who writes my_bell wakes me */
+    int alarm;                     /* private eventfd: readable once the ring is closed */
+    int epfd;                      /* of dm_ring_wait; made when it is first needed */
 
     _Alignas(128) _Atomic uint32_t refs;
     _Atomic bool closed, peer_gone, peer_spoke, in_set;
@@ -110,7 +110,8 @@ struct dm_ring {
     _Atomic uint32_t space_owed; /* try_send was short: to be reported when the bell rings */
 };
 
-extern uint32_t dm_ring_forks; /* how many forks lie between this process and the one that loaded us */
+extern uint32_t
+    dm_ring_forks; /* how many forks lie between this process and the one that loaded us */
 
 /* Making and ending. attach duplicates the descriptors. */
 int dm_ring_create(uint64_t capacity, uint32_t max_frame, struct dm_ring **out, struct dm_error *e);

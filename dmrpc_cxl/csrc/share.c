@@ -101,8 +101,8 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
         return dm_fail(e, DM_ERR_BAD_SIZE,
                        "%llu bytes there reach outside the mapping of %llu bytes",
                        (unsigned long long)size, (unsigned long long)v->length);
-    if (v->flags &
-        DM_VMA_VIEW) /* this host's counts would be two Refs' at once: the pages get some */
+    /* Counting, and undoing it after a crash, goes by page-table entries. */
+    if (v->flags & DM_VMA_VIEW)
         dm_view_materialise(h, id);
     uint32_t page = dm_page_of(h, addr);
     uint32_t nr = dm_page_of(h, addr + size - 1) - page + 1;

@@ -39,7 +39,7 @@
 static bool claim(struct dm_host *h, const struct dm_vma *v, uint8_t state) {
     uint64_t word = v->ref_state;
     uint64_t mine = dm_ref_pack(state, dm_ref_flags(word), h->id, dm_ref_gen(word));
-    /* Against recovery alone. Acquire-release as every claim, though the entry was this host's all the time. */
+    /* Against recovery alone, and a release: what was done with the frames came before their next holder's acquire. */
     return __atomic_compare_exchange_n(&h->refs[v->ref].state, &word, mine, false, __ATOMIC_ACQ_REL,
                                        __ATOMIC_RELAXED);
 }
@@ -103,10 +103,9 @@ int dm_view_move(struct dm_host *h, uint32_t id, struct dm_ref_wire *out, struct
         if (s)
             return s;
     }
-    /* Release: what this host stored to the frames, and loaded from them, came before the next holder's acquire. */
+    dm_ref_wire_of(h, v->ref, out);
     if (!claim(h, v, DM_REF_LIVE))
         return dm_fail(e, DM_ERR_FENCED, "the coordinator declared this host dead");
-    dm_ref_wire_of(h, v->ref, out);
     DM_COUNT(h, bytes_referenced, v->length);
     dm_vma_delete(h, id);
     DM_COUNT(h, move_ref_calls, 1);

@@ -100,8 +100,7 @@ int dm_waitset_create(struct dm_waitset **out, struct dm_error *e) {
     w->kick_fd = eventfd(0, EFD_SEMAPHORE | EFD_NONBLOCK | EFD_CLOEXEC);
     /* Level-triggered: as long as it is readable, each thread that wakes wakes the next. */
     struct epoll_event ev = {.events = EPOLLIN, .data.u64 = KICK_TAG};
-    if (w->epfd < 0 || w->kick_fd < 0 ||
-        epoll_ctl(w->epfd, EPOLL_CTL_ADD, w->kick_fd, &ev) < 0) {
+    if (w->epfd < 0 || w->kick_fd < 0 || epoll_ctl(w->epfd, EPOLL_CTL_ADD, w->kick_fd, &ev) < 0) {
         int s = dm_fail_sys(e, "epoll_create1 or eventfd", 0);
         unmake(w);
         return s;
@@ -190,7 +189,8 @@ int dm_waitset_add_ring(struct dm_waitset *w, struct dm_ring *r, int64_t key, st
         atomic_store(&r->in_set, false);
         return s;
     }
-    if (dm_ring_arm(r)) { /* data already: armed after all, and an edge for somebody to take it by */
+    if (dm_ring_arm(
+            r)) { /* data already: armed after all, and an edge for somebody to take it by */
         atomic_store(&r->armed, 1);
         dm_ring_wake_self(r);
     }

@@ -94,6 +94,25 @@ def map_shared(at: At) -> Act:
     return lambda at: setattr(at, "mine", at.host.map_ref(at.ref))
 
 
+@row(map_views=1, map_ref_calls=0, map_exclusive=0, views_materialised=0, syscalls=0)
+def view(at: At) -> Act:
+    at.buffer = at.host.ralloc(2 * PAGE)
+    at.ref = at.host.create_ref(at.buffer)
+    return lambda at: setattr(at, "mine", at.host.view_ref(at.ref))
+
+
+@row(map_views=1, map_ref_calls=0, map_exclusive=1, syscalls=0)
+def view_exclusively(at: At) -> Act:
+    at.ref = at.host.create_ref(at.host.ralloc(2 * PAGE), move=True)
+    return lambda at: setattr(at, "mine", at.host.view_ref(at.ref))
+
+
+@row(views_materialised=1, wp_faults=1, frames_copied=1, map_ref_calls=0)
+def write_to_a_view(at: At) -> Act:
+    view(at)(at)
+    return lambda at: memoryview(at.mine).__setitem__(7, 1)
+
+
 @row(map_ref_calls=1, map_scattered=1, map_exclusive=0)
 def map_a_second_time(at: At) -> Act:
     at.buffer = at.host.ralloc(2 * PAGE)
