@@ -25,7 +25,7 @@ from dmrpc_cxl.errors import (
     DeadlineExceeded,
     ForkedError,
     MisuseError,
-    PeerGone,
+    PeerLost,
     RemoteProtocolError,
     RingClosed,
 )
@@ -213,7 +213,7 @@ def test_a_blocked_send_ends_when_the_peers_socket_does() -> None:
     mine, its = socket.socketpair()
     server.set_peer_fd(mine.fileno())
     its.close()
-    with pytest.raises(PeerGone, match="64 of 100 bytes had gone out"):
+    with pytest.raises(PeerLost, match="64 of 100 bytes had gone out"):
         server.send(frame(100))
     server.close()
     mine.close()
