@@ -35,6 +35,7 @@ import pickle
 import sys
 import threading
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -50,7 +51,7 @@ from ..errors import (
 )
 from ..host import Host
 from . import frames
-from .frames import REF_BYTES, Flag, Frame
+from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
 from .ownership import Example, Moved, buffer_of_lonely, lonely_arrays, move, move_whole
 
 __all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
@@ -66,8 +67,13 @@ ALIGNMENT = frames.INLINE_ALIGNMENT
 LONGEST_KNOWN = 64  # characters of the name of a type that is remembered: names come from others
 MAX_DIMENSIONS = 32
 
-FLAGS_OF: dict[Transfer, int] = {"auto": 0, "value": Flag.VALUE, "ref": Flag.REF, "copy": Flag.COPY}
-TRANSFER_OF: dict[int, Transfer] = {int(flag): name for name, flag in FLAGS_OF.items()}
+FLAGS_OF: dict[Transfer, int] = {
+    "auto": 0,
+    "value": int(Flag.VALUE),
+    "ref": int(Flag.REF),
+    "copy": int(Flag.COPY),
+}
+TRANSFER_OF: dict[int, Transfer] = {flag: name for name, flag in FLAGS_OF.items()}
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_array = msgspec.msgpack.Decoder(tuple[int, int, Any, tuple[int, ...]]).decode
@@ -82,8 +88,8 @@ class Encoded(NamedTuple):
 
     body: bytes
     flags: int
-    refs: bytes | bytearray  # held by this host until somebody accepts them
-    inline: list[memoryview | bytes]
+    refs: bytes  # held by this host until somebody accepts them
+    inline: Sequence[memoryview | bytes]
     inline_bytes: int
     lent: tuple[Ref, ...] = ()  # those of the Refs that the user made
 
@@ -203,8 +209,10 @@ class _Outgoing:
         if gap:
             self.inline.append(bytes(gap))
         place = self.inline_bytes + gap
-        self.inline.append(data)
-        self.inline_bytes = place + data.nbytes
+        self.inline.append(
+            data if data.nbytes else b"\0"
+        )  # that there is an inline part says: extensions
+        self.inline_bytes = place + (data.nbytes or 1)
         return -1 - place
 
     def _array(self, array: np.ndarray[Any, Any]) -> msgspec.msgpack.Ext:
@@ -253,7 +261,7 @@ class _Outgoing:
         return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, moved.shape)))
 
     def _blob(self, blob: _Blob) -> msgspec.msgpack.Ext:
-        self.flags |= Flag.BLOBS
+        self.flags |= BLOBS
         data = blob.data
         place = None
         if self._by_ref(data.nbytes):
@@ -298,6 +306,7 @@ def _add(value: Any) -> Any:
 
 
 _encode_hooked = msgspec.msgpack.Encoder(enc_hook=_add).encode
+_encode_plain = msgspec.msgpack.Encoder().encode
 
 
 def _encode(value: Any, outgoing: _Outgoing) -> bytes:
@@ -503,7 +512,10 @@ def _descr(name: Any) -> Any:
 
 
 def _read(code: int, data: memoryview) -> Any:
-    return _here.incoming.read(code, data)  # type: ignore[union-attr]
+    incoming = _here.incoming
+    if incoming is None:
+        raise RuntimeError("an extension in a message that has nothing outside of it")
+    return incoming.read(code, data)
 
 
 def _check_custom(wanted: Any, value: Any) -> Any:
@@ -541,10 +553,12 @@ class Reader:
             RemoteProtocolError: it cannot be read.
             RefConsumed, BadRef: a Ref in it is not to be had.
         """
+        if not (frame.nr_refs or frame.inline_at or frame.flags & SPECIAL_FLAGS):
+            return self._read_plain(frame)
         before = _here.incoming
         incoming = _here.incoming = _Incoming(host, frame)
         try:
-            if frame.flags & (Flag.BLOBS | Flag.PICKLED):
+            if frame.flags & SPECIAL_FLAGS:
                 return self._read_blobs(frame)
             return self._decode(frame.body)
         except msgspec.ValidationError:
@@ -556,9 +570,23 @@ class Reader:
         finally:
             _here.incoming = before
 
+    def _read_plain(self, frame: Frame) -> Any:
+        """Read what has all its bytes in the message, as most small calls do."""
+        try:
+            return self._decode(frame.body)
+        except msgspec.ValidationError:
+            raise
+        except (
+            msgspec.DecodeError,
+            RuntimeError,
+            UnicodeDecodeError,
+        ) as error:  # RecursionError is one
+            raise RemoteProtocolError(f"a message that cannot be read: {error}") from None
+
     def _read_blobs(self, frame: Frame) -> Any:
         plain = _decode_plain(frame.body)
-        if not frame.flags & Flag.PICKLED:
+        _here.incoming = None
+        if not frame.flags & PICKLED:
             return msgspec.convert(
                 plain, self.wanted, builtin_types=_NATIVE, dec_hook=_check_custom
             )
@@ -611,6 +639,19 @@ class Marshaller:
     def __init__(self, host: Host, threshold: int) -> None:
         self.host = host
         self.threshold = threshold
+
+    def plain(self, value: Any, transfer: Transfer) -> bytes | None:
+        """Return the body of a value that needs nothing outside of the message; None: use write().
+
+        Half of the cost of a small call would be finding out what write() has to find out.
+        """
+        try:
+            body = _encode_plain(value)
+        except _UNSENDABLE:
+            return None  # write() says why, if it cannot either
+        if transfer == "auto":
+            return body if len(body) < self.threshold else None
+        return body if transfer == "value" or len(body) < REF_BYTES else None
 
     def write(
         self,
@@ -673,7 +714,7 @@ class Marshaller:
     def _pickled(self, value: Any, outgoing: _Outgoing) -> bytes:
         outside: list[pickle.PickleBuffer] = []
         raw = pickle.dumps(value, 5, buffer_callback=outside.append)
-        outgoing.flags |= Flag.PICKLED
+        outgoing.flags |= PICKLED
         blobs = [_Blob(buffer.raw(), VIEW) for buffer in outside]
         return _encode((raw, blobs), outgoing)
 
