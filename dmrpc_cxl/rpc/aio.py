@@ -314,8 +314,7 @@ class _AsyncCaller(Prepared):
                     pending.reader = self.reader
                 await connection.submit(self, pending, encoded, self.meta)
         except BaseException:
-            if pending.refs:
-                self.link.host.drop_refs(pending.refs)
+            self.link.marshaller.take_back(encoded)
             raise
         return await self._wait(connection, pending)
 
@@ -346,6 +345,9 @@ class _AsyncCaller(Prepared):
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 if pending.future.done() and not pending.future.cancelled():
                     pending.future.exception()
+            del (
+                pending
+            )  # no circle over this frame: it would keep the arguments until the collector runs
 
 
 async def _in_time(what: Awaitable[T], deadline: float | None, where: str) -> T:

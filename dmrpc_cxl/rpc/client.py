@@ -567,7 +567,10 @@ class CallFuture:
         pending = self._pending
         error = pending.error if pending.done else self.exception(timeout)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del self, pending, error  # no circle over this frame
         return pending.value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -987,7 +990,7 @@ class Prepared:
                 return _NO_ARGUMENTS
             body = marshaller.plain(arguments, transfer)
             if body is not None:
-                return _new_tuple(Encoded, (body, 0, b"", (), 0))
+                return _new_tuple(Encoded, (body, 0, b"", (), 0, ()))
         return marshaller.write(arguments, transfer, serializer)
 
     def head(
@@ -1004,7 +1007,7 @@ class Prepared:
             if left <= 0:
                 raise DeadlineExceeded(f"{self.link.service}.{self.name}: no time is left")
             left_us = int(left * 1e6) or 1
-        body, flags, refs, _, inline_bytes = encoded
+        body, flags, refs, _, inline_bytes, _ = encoded
         head = _head(
             CALL, call_id, self.flags | flags, refs, meta, body, self.number, left_us, inline_bytes
         )
@@ -1036,7 +1039,10 @@ class _Caller(Prepared):
             pending.connection.give_up(pending, CallCancelled(f"interrupted: {error!r}"))
             raise
         if pending.error is not None:
-            raise pending.error
+            try:
+                raise pending.error
+            finally:  # no circle over this frame: it would keep the arguments until the collector runs
+                del pending
         return pending.value
 
     def start(
@@ -1076,8 +1082,7 @@ class _Caller(Prepared):
                     pending.reader = self.reader
                 connection.submit(self, pending, encoded, meta)
         except BaseException:
-            if pending.refs:
-                link.host.drop_refs(pending.refs)
+            link.marshaller.take_back(encoded)
             raise
         return pending
 
