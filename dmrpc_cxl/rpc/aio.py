@@ -119,7 +119,7 @@ class AsyncConnection(Connection):
         self._watch_writing()
 
     def _watch_writing(self) -> None:
-        """A ring's bell tells of room as well; a socket has to be asked."""
+        """Ask a socket to say when there is room; a ring's bell tells of room as well."""
         if self.channel.kind != "tcp" or bool(self._backlog) == self._writing:
             return
         self._writing = bool(self._backlog)
@@ -147,7 +147,8 @@ class AsyncConnection(Connection):
         if self.lost is not None:
             raise PeerLost(str(self.lost))
         pending.call_id = next(self.ids)
-        head = call.head(pending, encoded, meta)
+        left = None if pending.deadline is None else pending.deadline - time.monotonic()
+        head = call.head(pending.call_id, encoded, meta, left)
         self.pending[pending.call_id] = pending
         try:
             self._send((head, *encoded.inline))
@@ -269,7 +270,7 @@ class _AsyncCaller(Prepared):
             self.look_up()
         encoded = self.encode(arguments, keywords)
         pending = _AsyncPending(self.name, self.reader, deadline, connection.loop)
-        pending.refs = bytes(encoded.refs)
+        pending.refs = encoded.refs
         try:
             try:
                 await connection.submit(self, pending, encoded, self.meta)

@@ -38,7 +38,7 @@ class Channel(Protocol):
     kind: str
     max_frame: int
 
-    def send(self, parts: Parts, timeout: float | None) -> None:
+    def send(self, parts: Parts | bytes, timeout: float | None) -> None:
         """Send a frame, waiting while the peer does not read.
 
         Raises:
@@ -46,7 +46,7 @@ class Channel(Protocol):
             PeerLost: there is no peer any more.
         """
 
-    def try_send(self, parts: Parts, skip: int) -> int:
+    def try_send(self, parts: Parts | bytes, skip: int) -> int:
         """Send what can be sent at once of the bytes from skip on; return how many. The rest: when writable."""
 
     def recv(self) -> bytearray | None:
@@ -93,7 +93,7 @@ class RingChannel:
         self._recv = ring.recv
         self._send = ring.send
 
-    def send(self, parts: Parts, timeout: float | None) -> None:
+    def send(self, parts: Parts | bytes, timeout: float | None) -> None:
         """See Channel."""
         self._send(parts, timeout)
 
@@ -157,8 +157,10 @@ class TcpChannel:
 
     # ------------------------------------------------------------ sending
 
-    def try_send(self, parts: Parts, skip: int = 0) -> int:
+    def try_send(self, parts: Parts | bytes, skip: int = 0) -> int:
         """See Channel."""
+        if isinstance(parts, bytes):
+            parts = (parts,)
         sent = 0
         rest = _after(parts, skip)
         try:
@@ -172,9 +174,9 @@ class TcpChannel:
             raise PeerLost(f"sending failed: {error.strerror}") from error
         return sent
 
-    def send(self, parts: Parts, timeout: float | None) -> None:
+    def send(self, parts: Parts | bytes, timeout: float | None) -> None:
         """See Channel."""
-        if isinstance(parts, (bytes, bytearray, memoryview)):
+        if isinstance(parts, bytes):
             parts = (parts,)
         total = sum(len(part) for part in parts)
         sent = self.try_send(parts, 0)

@@ -42,7 +42,7 @@ from ..host import Host
 from . import endpoint, frames
 from .calls import _current
 from .channel import Channel
-from .frames import Code, Flag, Frame, Kind, Method, Welcome
+from .frames import CALL, ERROR, PICKLED, REPLY, Code, Frame, Kind, Method, Welcome
 from .interface import Interface
 from .marshal import FLAGS_OF, TRANSFERS, Encoded, Marshaller, Reader, Serializer, Transfer
 
@@ -55,7 +55,9 @@ log = logging.getLogger("dmrpc.rpc")
 
 ClientInterceptor: TypeAlias = Callable[["Outbound", Callable[[], Any]], Any]
 
-READ_ALONG = 16  # calls outstanding above which sending more also takes replies
+READ_ALONG = (
+    64  # every so many calls sent ahead, replies are taken: the server must not be left with them
+)
 FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
 LONGEST_BACKOFF = 1.0
 
@@ -206,11 +208,19 @@ class Connection:
     def take(self, frame: Frame) -> None:
         """Act on a frame that came."""
         kind = frame.kind
-        if kind == Kind.REPLY or (kind == Kind.ERROR and frame.call_id):
+        if kind == REPLY or (kind == ERROR and frame.call_id):
             pending = self.pending.pop(frame.call_id, None)
             if pending is None:  # nobody waits for it any more
                 if frame.nr_refs:
                     self.host.drop_refs(frame.refs)
+                return
+            if kind == REPLY and not (frame.nr_refs or frame.flags or pending.refs):
+                try:
+                    value = _only(pending.reader.read(self.host, frame))
+                except (RemoteProtocolError, ValueError):
+                    self._outcome(pending, frame)  # which says what is wrong
+                else:
+                    pending.settle(value, None)
                 return
             self._outcome(pending, frame)
         elif kind == Kind.GOAWAY:
@@ -225,9 +235,9 @@ class Connection:
     def _outcome(self, pending: Pending, frame: Frame) -> None:
         value, failure = None, None
         try:
-            if frame.kind == Kind.ERROR:
+            if frame.kind == ERROR:
                 failure = error_of(frame, self.service, pending.method)
-            elif frame.flags & Flag.PICKLED and not self.welcome.pickle:
+            elif frame.flags & PICKLED and not self.welcome.pickle:
                 failure = RemoteProtocolError(
                     f"{self.service} sent a pickle, which was not asked for"
                 )
@@ -300,13 +310,11 @@ class SyncConnection(Connection):
                 raise PeerLost(str(self.lost))
             pending.connection = self
             pending.call_id = call_id = next(self.ids)  # in the order of sending: the server checks
-            head = call.head(pending, encoded, meta)
+            left = None if pending.deadline is None else pending.deadline - _monotonic()
+            head = call.head(call_id, encoded, meta, left)
             self.pending[call_id] = pending
-            timeout = (
-                None if pending.deadline is None else max(0.0, pending.deadline - time.monotonic())
-            )
             try:
-                self.channel.send((head, *encoded.inline) if encoded.inline else head, timeout)
+                self.channel.send((head, *encoded.inline) if encoded.inline else head, left)
             except (DmError, ValueError) as error:
                 self.pending.pop(call_id, None)
                 failure = (
@@ -321,7 +329,7 @@ class SyncConnection(Connection):
         """Take what is there. Context: read_lock held."""
         try:
             while (data := self.channel.recv()) is not None:
-                self.take(frames.parse(data))
+                self.take(_parse(data))
                 del data
         except (PeerLost, ProtocolViolation) as error:
             self.fail(PeerLost(f"{self.service}: {error}"))
@@ -335,9 +343,6 @@ class SyncConnection(Connection):
             if lock.acquire(False):
                 try:
                     while not pending.done:
-                        self.pump()
-                        if pending.done:
-                            break
                         left = None
                         if pending.deadline is not None:
                             left = pending.deadline - time.monotonic()
@@ -347,6 +352,8 @@ class SyncConnection(Connection):
                             channel.wait(left)
                         except ValueError:
                             self.fail(PeerLost(f"{self.service}: the client was closed"))
+                        else:
+                            self.pump()
                 finally:
                     lock.release()
                     if self.nr_followers:
@@ -409,7 +416,11 @@ class SyncPending(Pending):
     connection: SyncConnection
 
     def __init__(self, method: str, reader: Reader, deadline: float | None) -> None:
-        super().__init__(method, reader, deadline)
+        # All fields by hand: a call to super().__init__() is a tenth of what a small call costs here.
+        self.method = method
+        self.reader = reader
+        self.deadline = deadline
+        self.refs = b""
         self.done = False
         self.value: Any = None
         self.error: BaseException | None = None
@@ -429,6 +440,7 @@ class CallFuture:
     """A call that is under way: ``client.future.method(...)``.
 
     Replies are read by whoever waits, so a future makes progress while somebody waits on the same client, or asks done().
+    A future that is dropped does not cancel its call; what the reply holds is given back when it arrives.
     """
 
     __slots__ = ("__weakref__", "_pending")
@@ -461,10 +473,11 @@ class CallFuture:
             TimeoutError: timeout is over.
             CallError, and whatever else the call may raise.
         """
-        error = self.exception(timeout)
+        pending = self._pending
+        error = pending.error if pending.done else self.exception(timeout)
         if error is not None:
             raise error
-        return self._pending.value
+        return pending.value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the end of the call; return what it raises, None if it gave a result."""
@@ -499,12 +512,6 @@ class CallFuture:
             return False
         pending.connection.give_up(pending, CallCancelled(f"{pending.method}: cancelled"))
         return True
-
-    def __del__(self) -> None:
-        pending = self._pending
-        if not pending.done and pending.connection.lost is None:
-            with contextlib.suppress(DmError, ValueError, OSError):
-                pending.connection.give_up(pending, CallCancelled("nobody waits for it any more"))
 
 
 def _about_to_block() -> None:
@@ -693,6 +700,7 @@ class Client:
         self._link = link
         self._options = options
         self._aio: AsyncMethods | None = None
+        self._futures: FutureMethods | None = None
 
     # Methods of the service are found here, once; afterwards they are attributes.
     def __getattr__(self, name: str) -> Any:
@@ -713,7 +721,10 @@ class Client:
     @property
     def future(self) -> FutureMethods:
         """The methods of the service, returning a CallFuture at once: many calls outstanding on one connection."""
-        return FutureMethods(self)
+        futures = self._futures
+        if futures is None:
+            futures = self._futures = FutureMethods(self)
+        return futures
 
     @property
     def aio(self) -> AsyncMethods:
@@ -772,19 +783,23 @@ class Client:
         return f"<Client of {self._link.service!r}, {how}>"
 
 
-_NO_ARGUMENTS = Encoded(b"\x90", 0, b"", [], 0)
+_NO_ARGUMENTS = Encoded(b"\x90", 0, b"", (), 0)
+_new_tuple = tuple.__new__
+_head, _parse = frames.head, frames.parse
+_monotonic = time.monotonic
 
 
 class Prepared:
     """Makes the calls of one method."""
 
-    __slots__ = ("link", "meta", "method", "name", "number", "options", "reader", "table")
+    __slots__ = ("flags", "link", "meta", "method", "name", "number", "options", "reader", "table")
 
     def __init__(self, link: Link, options: Options, name: str) -> None:
         self.link = link
         self.options = options
         self.name = name
         self.table: MethodTable | None = None
+        self.flags = FLAGS_OF[options.transfer]
         self.meta = frames.encode(options.metadata) if options.metadata else b""
 
     def look_up(self) -> None:
@@ -810,27 +825,29 @@ class Prepared:
         method, options = self.method, self.options
         if keywords or not method.nr_required <= len(arguments) <= len(method.parameters):
             arguments = positional(self.link.service, method, arguments, keywords)
-        if not arguments and options.serializer == "msgpack":
-            return _NO_ARGUMENTS
-        return self.link.marshaller.write(arguments, options.transfer, options.serializer)
+        marshaller, transfer, serializer = (
+            self.link.marshaller,
+            options.transfer,
+            options.serializer,
+        )
+        if serializer == "msgpack":
+            if not arguments:
+                return _NO_ARGUMENTS
+            body = marshaller.plain(arguments, transfer)
+            if body is not None:
+                return _new_tuple(Encoded, (body, 0, b"", (), 0))
+        return marshaller.write(arguments, transfer, serializer)
 
-    def head(self, pending: Pending, encoded: Encoded, meta: bytes) -> bytes:
-        """Return the frame of a call that has its id, up to the inline part."""
-        left = 0
-        if pending.deadline is not None:
-            left = int((pending.deadline - time.monotonic()) * 1e6)
+    def head(self, call_id: int, encoded: Encoded, meta: bytes, left: float | None) -> bytes:
+        """Return the frame of a call up to the inline part; left is its time in seconds."""
+        left_us = 0
+        if left is not None:
             if left <= 0:
                 raise DeadlineExceeded(f"{self.link.service}.{self.name}: no time is left")
-        return frames.head(
-            Kind.CALL,
-            pending.call_id,
-            flags=FLAGS_OF[self.options.transfer] | encoded.flags,
-            refs=encoded.refs,
-            meta=meta,
-            body=encoded.body,
-            method=self.number,
-            time_left_us=left,
-            inline_bytes=encoded.inline_bytes,
+            left_us = int(left * 1e6) or 1
+        body, flags, refs, _, inline_bytes = encoded
+        return _head(
+            CALL, call_id, self.flags | flags, refs, meta, body, self.number, left_us, inline_bytes
         )
 
 
@@ -873,13 +890,18 @@ class _Caller(Prepared):
     ) -> SyncPending:
         """Send a call. When the connection turns out to be dead before the call is sent, over a new one."""
         link = self.link
-        deadline = self.deadline(timeout)
-        connection = link.get(deadline)
+        if _current.get() is None:
+            deadline = None if timeout is None else _monotonic() + timeout
+        else:
+            deadline = self.deadline(timeout)
+        connection = link.connection
+        if connection is None or connection.lost is not None or connection.leaving:
+            connection = link.get(deadline)
         if self.table is not link.table:
             self.look_up()
         encoded = self.encode(arguments, keywords)
         pending = SyncPending(self.name, self.reader, deadline)
-        pending.refs = bytes(encoded.refs)
+        pending.refs = encoded.refs
         try:
             try:
                 connection.submit(self, pending, encoded, meta)
@@ -946,7 +968,7 @@ class FutureMethods:
 
         def start(*arguments: Any, **keywords: Any) -> CallFuture:
             pending = caller.start(arguments, keywords, caller.options.timeout, caller.meta)
-            if len(pending.connection.pending) > READ_ALONG:
+            if not pending.call_id % READ_ALONG:
                 pending.connection.poll()
             return CallFuture(pending)
 

@@ -34,6 +34,7 @@ import sys
 import threading
 import typing
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -50,7 +51,7 @@ from ..errors import (
 )
 from ..host import Host
 from . import frames
-from .frames import REF_BYTES, Flag, Frame
+from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
 
 __all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
 
@@ -63,8 +64,13 @@ BYTES, BYTEARRAY, VIEW = 0, 1, 2  # kinds of blobs
 GIL_BYTES = 65536  # copies from here on go through numpy, which lets other threads run
 ALIGNMENT = frames.INLINE_ALIGNMENT
 
-FLAGS_OF: dict[Transfer, int] = {"auto": 0, "value": Flag.VALUE, "ref": Flag.REF, "copy": Flag.COPY}
-TRANSFER_OF: dict[int, Transfer] = {int(flag): name for name, flag in FLAGS_OF.items()}
+FLAGS_OF: dict[Transfer, int] = {
+    "auto": 0,
+    "value": int(Flag.VALUE),
+    "ref": int(Flag.REF),
+    "copy": int(Flag.COPY),
+}
+TRANSFER_OF: dict[int, Transfer] = {flag: name for name, flag in FLAGS_OF.items()}
 
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_array = msgspec.msgpack.Decoder(tuple[int, int, Any, tuple[int, ...]]).decode
@@ -78,8 +84,8 @@ class Encoded(NamedTuple):
 
     body: bytes
     flags: int
-    refs: bytes | bytearray  # held by this host until somebody accepts them
-    inline: list[memoryview | bytes]
+    refs: bytes  # held by this host until somebody accepts them
+    inline: Sequence[memoryview | bytes]
     inline_bytes: int
 
 
@@ -294,7 +300,7 @@ class _Outgoing:
         return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, moved.shape)))
 
     def _blob(self, blob: _Blob) -> msgspec.msgpack.Ext:
-        self.flags |= Flag.BLOBS
+        self.flags |= BLOBS
         data = blob.data
         place = None
         if self._by_ref(data.nbytes):
@@ -329,6 +335,7 @@ def _add(value: Any) -> Any:
 
 
 _encode = msgspec.msgpack.Encoder(enc_hook=_add).encode
+_encode_plain = msgspec.msgpack.Encoder().encode
 
 
 def _count_of_a_lonely_element() -> int:
@@ -506,7 +513,11 @@ def _descr(name: Any) -> Any:
 
 
 def _read(code: int, data: memoryview) -> Any:
-    return _here.incoming.read(code, data)
+    try:
+        incoming = _here.incoming
+    except AttributeError:
+        raise RuntimeError("an extension in a message that has nothing outside of it") from None
+    return incoming.read(code, data)
 
 
 def _check_custom(wanted: Any, value: Any) -> Any:
@@ -544,9 +555,11 @@ class Reader:
             RemoteProtocolError: it cannot be read.
             RefConsumed, BadRef: a Ref in it is not to be had.
         """
+        if not (frame.nr_refs or frame.inline_at or frame.flags & SPECIAL_FLAGS):
+            return self._read_plain(frame)
         incoming = _here.incoming = _Incoming(host, frame)
         try:
-            if frame.flags & (Flag.BLOBS | Flag.PICKLED):
+            if frame.flags & SPECIAL_FLAGS:
                 return self._read_blobs(frame)
             return self._decode(frame.body)
         except msgspec.ValidationError:
@@ -558,9 +571,22 @@ class Reader:
         finally:
             del _here.incoming
 
+    def _read_plain(self, frame: Frame) -> Any:
+        """Read what has all its bytes in the message, as most small calls do."""
+        try:
+            return self._decode(frame.body)
+        except msgspec.ValidationError:
+            raise
+        except (
+            msgspec.DecodeError,
+            RuntimeError,
+            UnicodeDecodeError,
+        ) as error:  # RecursionError is one
+            raise RemoteProtocolError(f"a message that cannot be read: {error}") from None
+
     def _read_blobs(self, frame: Frame) -> Any:
         plain = _decode_plain(frame.body)
-        if not frame.flags & Flag.PICKLED:
+        if not frame.flags & PICKLED:
             return msgspec.convert(plain, self.wanted, builtin_types=_BLOBS, dec_hook=_check_custom)
         if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list):
             raise RemoteProtocolError("a pickle without its list of buffers")
@@ -585,6 +611,19 @@ class Marshaller:
     def __init__(self, host: Host, threshold: int) -> None:
         self.host = host
         self.threshold = threshold
+
+    def plain(self, value: Any, transfer: Transfer) -> bytes | None:
+        """Return the body of a value that needs nothing outside of the message; None: use write().
+
+        Half of the cost of a small call would be finding out what write() has to find out.
+        """
+        try:
+            body = _encode_plain(value)
+        except (TypeError, OverflowError, RecursionError):
+            return None
+        if transfer == "auto":
+            return body if len(body) < self.threshold else None
+        return body if transfer == "value" or len(body) < REF_BYTES else None
 
     def write(
         self,
@@ -639,7 +678,7 @@ class Marshaller:
     def _pickled(self, value: Any, outgoing: _Outgoing) -> bytes:
         outside: list[pickle.PickleBuffer] = []
         raw = pickle.dumps(value, 5, buffer_callback=outside.append)
-        outgoing.flags |= Flag.PICKLED
+        outgoing.flags |= PICKLED
         blobs = [_Blob(buffer.raw(), VIEW) for buffer in outside]
         return _encode((raw, blobs))
 

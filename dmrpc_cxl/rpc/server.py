@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -56,7 +57,7 @@ from . import frames
 from .calls import Call, _current
 from .channel import Channel, Parts, RingChannel
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
-from .frames import TRANSFER_MASK, Code, Flag, Frame, Kind, Welcome
+from .frames import CALL, PICKLED, REPLY, TRANSFER_MASK, Code, Frame, Kind, Welcome
 from .interface import MISSING, Bound, Interface
 from .marshal import TRANSFER_OF, Marshaller, Serializer
 
@@ -69,9 +70,12 @@ Interceptor: TypeAlias = Callable[[Call, Callable[[], Any]], Any]
 KICK = -1
 TICK_SECONDS = 0.005
 TICKS_WITHOUT_WORK = 20
+PATIENCE_SECONDS = 0.05  # a queue whose first call waits longer than this does not move
 MAX_BACKLOG_BYTES = 256 << 20  # kept for a connection that does not read
 UNSETTLED_REPLIES = 64
+NO_ARGUMENTS = b"\x90"  # an empty list
 _astuple = msgspec.structs.astuple
+_head, _parse = frames.head, frames.parse
 
 
 class _Connection:
@@ -83,9 +87,9 @@ class _Connection:
         "calls",
         "channel",
         "closed",
-        "inline",
         "key",
         "last_id",
+        "let_others_in",
         "read_lock",
         "send_lock",
         "unsettled",
@@ -95,13 +99,11 @@ class _Connection:
         self.channel = channel
         self.key = key
         self.closed = False
+        self.let_others_in: Callable[[], None] = lambda: None
         self.read_lock = threading.Lock()
         self.send_lock = threading.Lock()
         self.last_id = 0
         self.calls: dict[int, Call] = {}
-        self.inline: dict[
-            int, float
-        ] = {}  # calls that run on the thread that read them, and since when
         self.backlog: collections.deque[tuple[Parts, int, int]] = (
             collections.deque()
         )  # parts, sent, total
@@ -267,7 +269,7 @@ class Server:
                         if channel.arm():
                             continue
                         return
-                    frame = frames.parse(data)
+                    frame = _parse(data)
                     del data
                     call = self._admit(connection, frame)
                 except (PeerLost, ValueError) as error:
@@ -280,17 +282,14 @@ class Server:
                 connection.read_lock.release()
             if call is None:
                 continue
-            call_id = frame.call_id
-            connection.inline[call_id] = time.monotonic()
-            call.about_to_block = lambda: self._let_others_in(connection)
-            try:
-                self._run(connection, frame, call)
-            finally:
-                del connection.inline[call_id]
+            call.about_to_block = (
+                connection.let_others_in
+            )  # which also says that it runs on this thread
+            self._run(connection, frame, call)
             del frame, call
 
     def _let_others_in(self, connection: _Connection) -> None:
-        """The call that this thread runs is about to wait for another service."""
+        """Have others read a connection: the call that this thread runs is about to wait for another service."""
         if connection.closed or not connection.read_lock.acquire(False):
             return
         try:
@@ -312,19 +311,21 @@ class Server:
                 if not self._queue:
                     return
                 connection, frame, call = self._queue.popleft()
-            self._run(connection, frame, call)
+            self._run(connection, frame, call, True)
             del connection, frame, call
 
     # ------------------------------------------------------------ frames
 
     def _admit(self, connection: _Connection, frame: Frame) -> Call | None:
         """Look at a frame that was just read; return the call that is to be run for it. Context: read_lock held."""
-        if frame.kind == Kind.CALL:
+        if frame.kind == CALL:
             call_id = frame.call_id
             if call_id <= connection.last_id:
                 raise RemoteProtocolError(f"call {call_id} came after call {connection.last_id}")
             connection.last_id = call_id
-            deadline = time.monotonic() + frame.time_left_us * 1e-6 if frame.time_left_us else None
+            left_us = frame.time_left_us
+            now = time.monotonic()
+            deadline = now + left_us * 1e-6 if left_us else None
             if frame.method >= len(self._methods):
                 self._refuse(
                     connection,
@@ -344,6 +345,7 @@ class Server:
             call = Call(
                 self._methods[frame.method].name, frames.read_meta(frame), deadline, connection.key
             )
+            call.since = now
             connection.calls[call_id] = call
             return call
         if frame.kind == Kind.CANCEL:
@@ -367,31 +369,41 @@ class Server:
 
     def _refuse(self, connection: _Connection, call_id: int, code: Code, error: DmError) -> None:
         self.counts[code.name.lower()] += 1
-        self._send(connection, (error_frame(call_id, code, error),))
+        self._send(connection, error_frame(call_id, code, error))
 
     def _violation(self, connection: _Connection, error: RemoteProtocolError) -> None:
         log.warning("%s: closing a connection: %s", self.name, error)
         self.counts["violations"] += 1
         with contextlib.suppress(DmError, ValueError):
-            self._send(connection, (error_frame(0, Code.VERSION, error),))
+            self._send(connection, error_frame(0, Code.VERSION, error))
         self._close(connection, error)
 
     # ------------------------------------------------------------ calls
 
-    def _run(self, connection: _Connection, frame: Frame, call: Call) -> None:
+    def _run(
+        self, connection: _Connection, frame: Frame, call: Call, was_queued: bool = False
+    ) -> None:
         """Run a call and answer it. Never raises."""
         bound = self._methods[frame.method]
         call_id = frame.call_id
         token = _current.set(call)
         phase = Code.BAD_ARGUMENTS
         try:
-            call.check()
-            box = [self._arguments(bound, frame)]
+            if was_queued or call.cancelled:
+                call.check()
+            if bound.takes_none and frame.body == NO_ARGUMENTS:
+                box: list[Any] = [()]
+            else:
+                box = [self._arguments(bound, frame)]
             phase = Code.REMOTE
             if bound.is_async:
                 self._start_async(connection, frame, call, bound, box)
                 return
-            self._invoke(call, bound.function, box)
+            if self._interceptors:
+                self._invoke(call, bound.function, box)
+            else:
+                # Whatever it returns is referred to by the box alone: see may_move.
+                box.append(bound.function(*box.pop()))
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -414,7 +426,7 @@ class Server:
         box.append(proceed())
 
     def _arguments(self, bound: Bound, frame: Frame) -> Sequence[Any]:
-        if frame.flags & Flag.PICKLED:
+        if frame.flags & PICKLED:
             if not self._pickle:
                 raise AccessDenied(
                     f"{self.name} takes no pickled arguments: serve(..., pickle=True) would"
@@ -428,8 +440,6 @@ class Server:
                     f"{bound.name} takes {bound.nr_required} to {bound.nr_max} arguments"
                 )
             return arguments
-        if bound.takes_none and frame.body_bytes == 1:
-            return ()
         try:
             values = _astuple(bound.reader.read(self.host, frame))
         except msgspec.ValidationError as error:
@@ -442,7 +452,12 @@ class Server:
 
     def _reply(self, connection: _Connection, call_id: int, flags: int, box: list[Any]) -> None:
         """Send box[0]; afterwards the box is empty."""
-        serializer: Serializer = "pickle" if flags & Flag.PICKLED else "msgpack"
+        if not flags & PICKLED:
+            body = self._marshaller.plain(box, TRANSFER_OF[flags & TRANSFER_MASK])
+            if body is not None:
+                self._send(connection, _head(REPLY, call_id, 0, b"", b"", body))
+                return
+        serializer: Serializer = "pickle" if flags & PICKLED else "msgpack"
         try:
             encoded = self._marshaller.write(
                 box, TRANSFER_OF[flags & TRANSFER_MASK], serializer, may_move=True
@@ -489,7 +504,7 @@ class Server:
             text = "".join(traceback.format_exception(error))
         self.counts["failed"] += 1
         with contextlib.suppress(DmError, ValueError, OSError):
-            self._send(connection, (error_frame(call_id, code, error, text),))
+            self._send(connection, error_frame(call_id, code, error, text))
 
     @staticmethod
     def _diagnosis(error: BaseException, phase: Code) -> Code:
@@ -561,11 +576,11 @@ class Server:
 
     # ------------------------------------------------------------ sending
 
-    def _send(self, connection: _Connection, parts: Parts) -> None:
+    def _send(self, connection: _Connection, parts: Parts | bytes) -> None:
+        total = len(parts) if isinstance(parts, bytes) else sum(len(part) for part in parts)
         with connection.send_lock:
             if connection.closed:
                 raise PeerLost("the caller is gone")
-            total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
             sent = 0
             if not connection.backlog:
                 sent = connection.channel.try_send(parts, 0)
@@ -624,6 +639,7 @@ class Server:
 
     def _open(self, channel: Channel) -> None:
         connection = _Connection(channel, next(self._keys))
+        connection.let_others_in = functools.partial(self._let_others_in, connection)
         with self._lock:
             self._connections[connection.key] = connection
         if isinstance(channel, RingChannel):
@@ -683,10 +699,10 @@ class Server:
             self._unwatch(fd)
 
     def _read_to_the_end(self, connection: _Connection) -> None:
-        """A client that ended may have sent DISCARD last."""
+        """Take what a client that ended sent last: it may be DISCARD."""
         with connection.read_lock, contextlib.suppress(PeerLost, RemoteProtocolError, ValueError):
             while (data := connection.channel.recv()) is not None:
-                frame = frames.parse(data)
+                frame = _parse(data)
                 if frame.kind == Kind.DISCARD:
                     self._discard(connection, frame.call_id)
 
@@ -755,26 +771,45 @@ class Server:
         """Read where a call that takes long keeps others from being read. Tell whether anything was running."""
         now, busy = time.monotonic(), False
         for connection in list(self._connections.values()):
-            if connection.inline:
+            if connection.calls:
                 busy = True
-                if now - max(list(connection.inline.values()), default=now) >= TICK_SECONDS:
+                # A call that runs on the thread that read it keeps others from being read.
+                late = now - TICK_SECONDS
+                if any(
+                    call.about_to_block is connection.let_others_in and call.since < late
+                    for call in list(connection.calls.values())
+                ):
                     self._read_aside(connection)
         if self._queue:
             busy = True
             self._expire_queue()
+            with contextlib.suppress(IndexError):
+                if self._queue[0][2].since < now - 2 * TICK_SECONDS:  # those calls do take long
+                    self._call_others(len(self._queue))
         return busy
 
     def _read_aside(self, connection: _Connection) -> None:
-        """Queue what a busy connection has."""
+        """Queue what a busy connection has.
+
+        When the queue is full but moves, the rest waits in the ring: only who waits behind calls that do not end is told
+        that the server has too many.
+        """
         nr_queued = 0
         while not connection.closed:
+            full = len(self._queue) >= self._max_queue
+            if (
+                full
+                and self._queue
+                and time.monotonic() - self._queue[0][2].since < PATIENCE_SECONDS
+            ):
+                break
             if not connection.read_lock.acquire(False):
                 break
             try:
                 data = connection.channel.recv()
                 if data is None:
                     break
-                frame = frames.parse(data)
+                frame = _parse(data)
                 call = self._admit(connection, frame)
             except (PeerLost, ValueError) as error:
                 self._close(connection, error)
@@ -786,7 +821,7 @@ class Server:
                 connection.read_lock.release()
             if call is None:
                 continue
-            if len(self._queue) >= self._max_queue:
+            if full:
                 connection.calls.pop(frame.call_id, None)
                 self._refuse(
                     connection,
@@ -801,7 +836,7 @@ class Server:
             self._queue.append((connection, frame, call))
             nr_queued += 1
         if nr_queued:
-            self._call_others(nr_queued)
+            self._call_others()  # one: several that run short calls would only take the interpreter from each other
 
     def _call_others(self, n: int = 1) -> None:
         with self._lock:
@@ -845,7 +880,7 @@ class Server:
             self.host.withdraw(self.name)
         for connection in list(self._connections.values()):
             with contextlib.suppress(DmError, ValueError, OSError):
-                self._send(connection, (frames.short(Kind.GOAWAY),))
+                self._send(connection, frames.short(Kind.GOAWAY))
         give_up = time.monotonic() + drain
         with self._idle:
             while self._busy() and (left := give_up - time.monotonic()) > 0:
