@@ -128,7 +128,7 @@ class _Connection:
         self.inline: dict[
             int, float
         ] = {}  # calls that run on the thread that read them, since when
-        self.backlog: collections.deque[tuple[Parts, int, int]] = (
+        self.backlog: collections.deque[tuple[Parts | bytes, int, int]] = (
             collections.deque()
         )  # parts, sent, total
         self.backlog_bytes = 0
