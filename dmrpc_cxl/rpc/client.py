@@ -63,7 +63,7 @@ ClientInterceptor: TypeAlias = Callable[["Outbound", Callable[[], Any]], Any]
 
 READ_ALONG = 16  # calls outstanding above which sending more also takes replies
 SLICE_SECONDS = 0.1  # longest sleep of a thread that waits: another one may cancel its call
-IDLE_SECONDS = 0.02  # a connection that was not used for so long is looked at before it is used
+IDLE_SECONDS = 0.001  # a connection that was not used for so long is looked at before it is used
 FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
 LONGEST_BACKOFF = 1.0
 

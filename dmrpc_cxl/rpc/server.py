@@ -246,6 +246,11 @@ class Server:
             raise
         not_for_children(self)
 
+    @property
+    def published(self) -> bool:
+        """Whether clients find this server under its name."""
+        return self._published and not self._draining
+
     def __enter__(self) -> Server:
         return self
 
