@@ -491,8 +491,10 @@ class Server:
             box.append(function(*box.pop()))
             return
 
+        arguments = box.pop()
+
         def proceed() -> Any:
-            return function(*box.pop())
+            return function(*arguments)
 
         for interceptor in reversed(self._interceptors):
             proceed = _Step(interceptor, call, proceed)

@@ -31,7 +31,7 @@ from tests.rpc_services import Desk, Point, Rpc, Typed
         ("huge", ValueError, "ValueError", "xxxxxxx"),
         ("exit", Exception, "SystemExit", "3"),
         ("interrupt", Exception, "KeyboardInterrupt", ""),
-        ("stop", Exception, "StopIteration", "5"),
+        ("stop", Exception, "StopIteration", ""),
         ("surrogate", Exception, "RuntimeError", "ValueError: file \\udcff"),
         ("unspeakable", Exception, "RuntimeError", "UnspeakableError"),
     ],

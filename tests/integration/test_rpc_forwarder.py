@@ -68,7 +68,7 @@ def test_arrays_pass_and_the_forwarder_never_touches_dm(rpc: Rpc, front: str, ba
     before = process.call(_counters)
     for transfer in ("ref", "value", "copy", "auto"):
         desk = rpc.connect("front", transport=front, transfer=transfer)
-        for n in (0, 1, 1000, 300_000):
+        for n in (1, 1000, 300_000):
             np.testing.assert_array_equal(desk.double(np.arange(n)), np.arange(n) * 2)
     after = process.call(_counters)
     assert after == before
