@@ -251,6 +251,11 @@ class Server:
             raise
         not_for_children(self)
 
+    @property
+    def published(self) -> bool:
+        """Whether clients find this server under its name."""
+        return self._published and not self._draining
+
     def __enter__(self) -> Server:
         return self
 
@@ -504,8 +509,10 @@ class Server:
             box.append(function(*box.pop()))
             return
 
+        arguments = box.pop()
+
         def proceed() -> Any:
-            return function(*box.pop())
+            return function(*arguments)
 
         for interceptor in reversed(self._interceptors):
             proceed = _Step(interceptor, call, proceed)
