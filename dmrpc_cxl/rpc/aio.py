@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
@@ -329,7 +331,9 @@ class _AsyncCaller(Prepared):
         if call is not None:
             gone = CallCancelled(f"{call.method}: the caller cancelled")
             forget = call.when_cancelled(
-                lambda: connection.loop.call_soon_threadsafe(connection.give_up, pending, gone)
+                functools.partial(
+                    connection.loop.call_soon_threadsafe, connection.give_up, pending, gone
+                )
             )
         try:
             return await pending.future
@@ -366,18 +370,32 @@ async def _in_time(what: Awaitable[T], deadline: float | None, where: str) -> T:
 async def _opened(
     loop: asyncio.AbstractEventLoop, link: Link, timeout: float
 ) -> tuple[Channel, Welcome, MethodTable]:
-    """Connect on another thread; a connection that nobody waits for any more is closed."""
-    opening = loop.run_in_executor(None, link.open, timeout)
-    try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        opening.add_done_callback(_close_opened)
-        raise
+    """Connect on a thread that nobody waits for: neither a call with less time, nor the loop when it ends."""
+    opened: asyncio.Future[tuple[Channel, Welcome, MethodTable]] = loop.create_future()
 
+    def deliver(found: tuple[Channel, Welcome, MethodTable] | None, error: Exception) -> None:
+        if opened.done():
+            if found is not None:
+                found[0].close()
+        elif found is None:
+            opened.set_exception(error)
+        else:
+            opened.set_result(found)
 
-def _close_opened(opening: asyncio.Future[tuple[Channel, Welcome, MethodTable]]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result()[0].close()
+    def work() -> None:
+        found, failure = None, Exception()
+        try:
+            found = link.open(timeout)
+        except Exception as error:
+            failure = error
+        try:
+            loop.call_soon_threadsafe(deliver, found, failure)
+        except RuntimeError:  # the loop was closed
+            if found is not None:
+                found[0].close()
+
+    threading.Thread(target=work, name=f"{link.service}-connect", daemon=True).start()
+    return await opened
 
 
 def _heard(task: asyncio.Task[AsyncConnection]) -> None:

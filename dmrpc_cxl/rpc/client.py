@@ -65,7 +65,7 @@ READ_ALONG = (
     64  # every so many calls sent ahead, replies are taken: the server must not be left with them
 )
 SLICE_SECONDS = 0.1  # longest sleep of a thread that waits: another one may cancel its call
-IDLE_SECONDS = 0.02  # a connection that was not used for so long is looked at before it is used
+IDLE_SECONDS = 0.001  # a connection that was not used for so long is looked at before it is used
 FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
 LONGEST_BACKOFF = 1.0
 
@@ -993,7 +993,7 @@ class Prepared:
                 return _NO_ARGUMENTS
             body = marshaller.plain(arguments, transfer)
             if body is not None:
-                return _new_tuple(Encoded, (body, 0, b"", (), 0))
+                return _new_tuple(Encoded, (body, 0, b"", (), 0, ()))
         return marshaller.write(arguments, transfer, serializer)
 
     def head(

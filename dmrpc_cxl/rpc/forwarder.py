@@ -35,13 +35,14 @@ from ..errors import (
     PeerError,
     PeerLost,
     RemoteProtocolError,
+    ServiceExists,
     ServiceNotFound,
     ServiceStopping,
 )
 from ..host import Host
 from . import endpoint, frames
 from .channel import Channel, Parts, RingChannel
-from .client import Backoff
+from .client import Backoff, Client
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
 from .forks import not_for_children, release
 from .frames import Code, Frame, Kind, Welcome
@@ -80,6 +81,13 @@ class _Backend(_Peer):
         self.name = name
         self.ids = itertools.count(1)
         self.calls: dict[int, tuple[_Client, int]] = {}  # id there -> client, its id
+
+
+def published_once(host: Host, name: str) -> None:
+    """Raise ServiceExists if this host itself publishes that name: it might, for the name service, do so again."""
+    for end in list(getattr(host, "_ends", ())):
+        if not isinstance(end, Client) and end.name == name and end.published:
+            raise ServiceExists(f"this host serves {name!r} already")
 
 
 class Forwarder:
@@ -157,6 +165,7 @@ class Forwarder:
         if self._again:
             self._seek()
         try:
+            published_once(host, name)
             host.publish(name, self.endpoint)
             self._published = True
         except BaseException:
@@ -192,6 +201,11 @@ class Forwarder:
                 raise PeerError(f"cannot listen on {where}: {error}") from error
             self._listen(sock, "tcp")
         self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+
+    @property
+    def published(self) -> bool:
+        """Whether clients find this forwarder under its name."""
+        return self._published and not self._stopping
 
     def __enter__(self) -> Forwarder:
         return self

@@ -493,7 +493,7 @@ def _dtype(name: Any) -> np.dtype[Any]:
 
 
 def _descr(name: Any) -> Any:
-    """Lists back to the tuples that numpy wants."""
+    """Turn lists back into the tuples that numpy wants."""
     if isinstance(name, list):
         return [
             tuple(

@@ -11,6 +11,9 @@ itself: no hand-over, so a lone client costs one wake-up per call. While a call 
 
 Nobody waits for a slow reader: what a connection does not take at once is kept for it, up to a limit, then it is closed.
 
+Who reads looks a little ahead, for CANCEL: a call whose caller has given up meanwhile is not run. The calls it finds wait
+in connection.ahead, and are taken from there before anything else is read.
+
 No wake-up is lost: a worker notes its call and then looks whether the warden is parked; the warden says that it is parked,
 and then looks for calls. What does not fit into a connection is in its backlog before the connection is asked to tell of
 room.
@@ -62,7 +65,7 @@ from ..errors import (
 from ..host import Host
 from . import frames
 from .calls import Call, _current
-from .channel import Channel, Parts, RingChannel
+from .channel import Channel, Parts, RingChannel, TcpChannel
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
 from .forks import not_for_children, release
 from .frames import CALL, PICKLED, REPLY, TRANSFER_MASK, Code, Frame, Kind, Welcome
@@ -78,6 +81,10 @@ Interceptor: TypeAlias = Callable[[Call, Callable[[], Any]], Any]
 KICK = -1
 TICK_SECONDS = 0.005
 TICKS_WITHOUT_WORK = 20
+AHEAD, AHEAD_BYTES = (
+    32,
+    1 << 20,
+)  # calls, and about how many bytes, taken off a connection before they run
 PATIENCE = 5  # ticks without a call that ended: from then on calls beyond the queue are refused
 JOIN_SECONDS = 5.0  # for all threads of a server together, when it stops
 MAX_BACKLOG_BYTES = 256 << 20  # kept for a connection that does not read
@@ -91,11 +98,14 @@ class _Connection:
     """A client."""
 
     __slots__ = (
+        "ahead",
         "backlog",
         "backlog_bytes",
         "calls",
         "channel",
         "closed",
+        "has_more",
+        "inline",
         "key",
         "last_id",
         "let_others_in",
@@ -111,15 +121,28 @@ class _Connection:
         self.let_others_in: Callable[[], None] = lambda: None
         self.read_lock = threading.Lock()
         self.send_lock = threading.Lock()
+        self.has_more = _look_at(channel)  # without a system call
         self.last_id = 0
+        self.ahead: collections.deque[tuple[Frame, Call]] = collections.deque()
         self.calls: dict[int, Call] = {}
-        self.backlog: collections.deque[tuple[Parts, int, int]] = (
+        self.inline: dict[
+            int, float
+        ] = {}  # calls that run on the thread that read them, since when
+        self.backlog: collections.deque[tuple[Parts | bytes, int, int]] = (
             collections.deque()
         )  # parts, sent, total
         self.backlog_bytes = 0
         self.unsettled: collections.deque[tuple[int, bytes]] = (
             collections.deque()
         )  # call id, Refs of its reply
+
+
+def _look_at(channel: Channel) -> Callable[[], bool]:
+    """Return what tells whether more has arrived, as far as this process knows."""
+    if isinstance(channel, RingChannel):
+        return channel.ring.has_data
+    assert isinstance(channel, TcpChannel)
+    return lambda: channel._to != channel._from
 
 
 class Server:
@@ -228,6 +251,11 @@ class Server:
             raise
         not_for_children(self)
 
+    @property
+    def published(self) -> bool:
+        """Whether clients find this server under its name."""
+        return self._published and not self._draining
+
     def __enter__(self) -> Server:
         return self
 
@@ -286,16 +314,21 @@ class Server:
             connection.read_lock.acquire()
             try:
                 try:
-                    data = channel.recv()
-                    if data is None:
-                        if connection.backlog:
-                            self._flush(connection)
-                        if channel.arm():
-                            continue
-                        return
-                    frame = _parse(data)
-                    del data
-                    call = self._admit(connection, frame)
+                    if connection.ahead:
+                        frame, call = connection.ahead.popleft()
+                    else:
+                        data = channel.recv()
+                        if data is None:
+                            if connection.backlog:
+                                self._flush(connection)
+                            if channel.arm():
+                                continue
+                            return
+                        frame = _parse(data)
+                        del data
+                        call = self._admit(connection, frame)
+                    if connection.has_more():
+                        self._read_ahead(connection)
                 except (PeerLost, ValueError) as error:
                     self._close(connection, error)
                     return
@@ -319,12 +352,26 @@ class Server:
             if self._queue:  # a connection that always has more must not keep others waiting
                 self._work_off_queue()
 
+    def _read_ahead(self, connection: _Connection) -> None:
+        """Look for CANCEL among the next frames. Context: read_lock held."""
+        ahead = connection.ahead
+        room = AHEAD_BYTES
+        while len(ahead) < AHEAD and room > 0:
+            data = connection.channel.recv()
+            if data is None:
+                return
+            room -= len(data)
+            frame = _parse(data)
+            call = self._admit(connection, frame)
+            if call is not None:
+                ahead.append((frame, call))
+
     def _let_others_in(self, connection: _Connection) -> None:
         """Let another worker read: the call that this thread runs is about to wait for another service."""
         if connection.closed or not connection.read_lock.acquire(False):
             return
         try:
-            more = connection.channel.arm()
+            more = bool(connection.ahead) or connection.channel.arm()
         except ValueError:
             return
         finally:
@@ -462,8 +509,10 @@ class Server:
             box.append(function(*box.pop()))
             return
 
+        arguments = box.pop()
+
         def proceed() -> Any:
-            return function(*box.pop())
+            return function(*arguments)
 
         for interceptor in reversed(self._interceptors):
             proceed = _Step(interceptor, call, proceed)
@@ -899,13 +948,17 @@ class Server:
             if not connection.read_lock.acquire(False):
                 break
             try:
-                data = connection.channel.recv()
-                if data is None:
-                    break
-                frame = _parse(data)
-                call = self._admit(connection, frame)
-                if call is None:
-                    continue
+                if connection.ahead:
+                    frame, call = connection.ahead.popleft()
+                else:
+                    data = connection.channel.recv()
+                    if data is None:
+                        break
+                    frame = _parse(data)
+                    admitted = self._admit(connection, frame)
+                    if admitted is None:
+                        continue
+                    call = admitted
                 if not self._room():
                     connection.calls.pop(frame.call_id, None)
                     error = Overloaded(
