@@ -477,6 +477,8 @@ class Server:
                 self._start_async(connection, frame, call, bound, box)
                 return
             self._invoke(call, bound.function, box)
+            if call.cancelled:  # Refs in the reply would lie there until the client reads again
+                call.check()
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -633,6 +635,8 @@ class Server:
                 self._invoke(call, bound.function, box)
                 if inspect.isawaitable(box[0]):  # an interceptor may have answered itself
                     box.append(await box.pop())
+                if call.cancelled:
+                    call.check()
                 phase = Code.BAD_RESULT
                 self._reply(connection, call_id, flags, box)
             except BaseException as error:
