@@ -495,6 +495,8 @@ class Server:
             else:
                 # Whatever it returns is referred to by the box alone: see may_move.
                 box.append(bound.function(*box.pop()))
+            if call.cancelled:  # Refs in the reply would lie there until the client reads again
+                call.check()
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -654,6 +656,8 @@ class Server:
                 self._invoke(call, bound.function, box)
                 if inspect.isawaitable(box[0]):  # an interceptor may have answered itself
                     box.append(await box.pop())
+                if call.cancelled:
+                    call.check()
                 phase = Code.BAD_RESULT
                 self._reply(connection, call_id, flags, box)
             except BaseException as error:

@@ -224,7 +224,7 @@ def test_replies_to_clients_that_are_gone_give_their_frames_back(
         closed.result()
     direct.open("dropped")
     direct.open("closed")
-    until(lambda: rpc.fabric.audit()["live_refs"] == 0)
+    until(lambda: rpc.fabric.audit()["live_refs"] == 0, 20)
 
 
 def _settled(rpc: Rpc) -> bool:
