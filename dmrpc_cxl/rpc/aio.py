@@ -348,9 +348,7 @@ class _AsyncCaller(Prepared):
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 if pending.future.done() and not pending.future.cancelled():
                     pending.future.exception()
-            del (
-                pending
-            )  # no circle over this frame: it would keep the arguments until the collector runs
+            del pending  # no circle over this frame, which would keep the arguments
 
 
 async def _in_time(what: Awaitable[T], deadline: float | None, where: str) -> T:

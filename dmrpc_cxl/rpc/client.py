@@ -388,7 +388,10 @@ class SyncConnection(Connection):
                     self.lost = PeerLost(f"{self.service}: {error}")
                 if self.pending.pop(call_id, None) is None:
                     return  # whoever reads has noticed as well, and ended the call
-                raise failure from None
+                try:
+                    raise failure from None
+                finally:
+                    del failure  # no circle over this frame, and those of its callers
 
     def _send_rest(self, timeout: float | None) -> None:
         """Send what comes before the next call. Context: send_lock held."""
