@@ -923,6 +923,9 @@ class Server:
                 self._read_aside(connection)
         if self._queue:
             self._expire_queue()
+            with contextlib.suppress(IndexError):
+                if self._queue[0][2].since < now - 2 * TICK_SECONDS:  # those calls do take long
+                    self._call_others(len(self._queue))
         return True
 
     @staticmethod
