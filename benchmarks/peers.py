@@ -37,9 +37,23 @@ class Peer:
         theirs.close()
         self._connection.recv()
 
+    @property
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None
+        return pid
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run function(host, *args) in the peer."""
+        self.begin(function, *args)
+        return self.result()
+
+    def begin(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have the peer begin with function(host, *args)."""
         self._connection.send((function, args))
+
+    def result(self) -> Any:
+        """Wait for what was begun."""
         return self._connection.recv()
 
     def leave(self) -> None:
@@ -52,6 +66,13 @@ class Peer:
 @contextmanager
 def fabric(size: int, **geometry: Any) -> Iterator[str]:
     """Run a device and a coordinator of this run's own; remove them at the end."""
+    with running_fabric(size, **geometry) as (name, _):
+        yield name
+
+
+@contextmanager
+def running_fabric(size: int, **geometry: Any) -> Iterator[tuple[str, int]]:
+    """Run a fabric; give its name and the coordinator's process id."""
     name = f"dmrpc-bench-{os.getpid()}"
     device.create(name, size=size, overwrite=True, **geometry)
     ready, write = os.pipe()
@@ -73,7 +94,7 @@ def fabric(size: int, **geometry: Any) -> Iterator[str]:
         with os.fdopen(ready, "rb") as pipe:
             if not pipe.readline():
                 raise RuntimeError("the coordinator did not start; its message is above")
-        yield name
+        yield name, coordinator.pid
     finally:
         coordinator.terminate()
         coordinator.wait()

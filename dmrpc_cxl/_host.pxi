@@ -12,7 +12,7 @@ from cpython.buffer cimport (
 )
 from cpython.number cimport PyNumber_Index
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from dmrpc_cxl._dm cimport *
 

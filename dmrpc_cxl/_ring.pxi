@@ -200,10 +200,22 @@ cdef class Ring:
         """
         cdef dm_error err = no_error()
         cdef dm_ring *r
-        cdef _Parts held = _Parts()
+        cdef _Parts held
+        cdef iovec one
         cdef int64_t n
+        if PyBytes_CheckExact(parts) and 0 < PyBytes_GET_SIZE(parts) < BLOCKING and skip == 0:
+            r = self.open()
+            if self.sending:
+                raise _errors.MisuseError("Ring.try_send: another thread is sending")
+            one.iov_base = PyBytes_AS_STRING(parts)
+            one.iov_len = PyBytes_GET_SIZE(parts)
+            n = dm_ring_try_send(r, &one, one.iov_len, 0, &err)
+            if n < 0:
+                raise_status(<int>n, &err, "Ring.try_send")
+            return n
         if skip < 0:
             raise ValueError("skip is negative")
+        held = _Parts()
         held.hold(parts if isinstance(parts, (list, tuple)) else (parts,))
         r = self.open()
         if self.sending:

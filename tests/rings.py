@@ -31,7 +31,7 @@ def pair(**how: int) -> tuple[Ring, Ring]:
     return server, attach(server)
 
 
-def frame(size: int, number: int = 0) -> bytes:
+def frame(size: int, number: int = 0) -> bytes | bytearray:
     """Make a frame whose bytes depend on its number."""
     block = random.Random(number).randbytes(min(size, 65537))
     return struct.pack("<I", size) + (block * (size // len(block) + 1))[: size - 4]
@@ -44,8 +44,12 @@ def receive(ring: Ring) -> bytearray:
     return got
 
 
-def _main(act: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _watchdog() -> None:
     faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+
+
+def _main(act: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _watchdog()
     try:
         act(*arguments)
     except BaseException:
@@ -68,9 +72,12 @@ def in_program(act: Callable[..., Any], *arguments: Any) -> None:
 
 def forked(act: Callable[[], Any]) -> int:
     """Run act in a forked child, and return its number; only in programs without other threads."""
+    # A child would wait for its parent's watchdog, which is a thread and not there.
+    faulthandler.cancel_dump_traceback_later()
     pid = os.fork()
     if pid == 0:
         _main(act, ())
+    _watchdog()
     return pid
 
 

@@ -62,6 +62,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sizes and the futex a
 #define STEP (128u << 10)           /* at most this much is copied between two publications */
 #define LOOK_AT_PEER_NS 50000000ull /* how long a blocked sender trusts that its peer lives */
 #define SPIN_NS 40000u
+#define YIELD_AFTER_NS 3000u
 
 uint32_t dm_ring_forks;
 
@@ -280,24 +281,31 @@ bool dm_spin_worth(struct dm_spin *s) {
     return false;
 }
 
+/*
+ * Look until it is ready or the budget is spent. Two that take turns are often put on one CPU, where spinning keeps the
+ * other from running: after a moment, each block ends with a yield. That lets it run, and since both are runnable, the
+ * kernel moves one of them. A yield to a third who computes may take long: what came too late is no win.
+ */
 bool dm_spin(struct dm_spin *s, bool (*ready)(void *), void *arg) {
-    uint64_t until = dm_now_ns() + s->budget_ns;
-    bool won = false;
-    do
-        for (int i = 0; i < 16 && !won; i++) {
-            won = ready(arg);
-            if (!won)
-                dm_pause();
-        }
-    while (!won && dm_now_ns() < until);
-    s->wins += (won ? 255 - s->wins : 0) / 8;
-    if (!won)
-        s->wins -= (s->wins + 7) / 8;
-    if (won)
+    uint64_t start = dm_now_ns(), budget = s->budget_ns, spent = 0;
+    bool found = false;
+    while (!found && spent < budget) {
+        for (int i = 0; i < 16 && !(found = ready(arg)); i++)
+            dm_pause();
+        if (!found && spent > YIELD_AFTER_NS)
+            sched_yield();
+        spent = dm_now_ns() - start;
+    }
+    if (!found)
+        found = ready(arg); /* after the last yield */
+    if (found && spent < budget) {
+        s->wins += (255 - s->wins) / 8;
         COUNT(s->won, 1);
-    else
+    } else {
+        s->wins -= (s->wins + 7) / 8;
         COUNT(s->lost, 1);
-    return won;
+    }
+    return found;
 }
 
 /* ---------------------------------------------------------------- bells and the peer */
@@ -592,7 +600,7 @@ int64_t dm_ring_begin(struct dm_ring *r, uint64_t *there, struct dm_error *e) {
                 return dm_fail(e, DM_ERR_PROTOCOL, "the peer announced a frame of %u bytes", size);
             }
             i->size = size;
-            if (!n) /* take() publishes otherwise */
+            if (!n) /* fill publishes otherwise */
                 publish_head(r);
         }
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -130,7 +131,7 @@ class AsyncConnection(Connection):
         self._watch_writing()
 
     def _watch_writing(self) -> None:
-        """A ring's bell tells of room as well; a socket has to be asked."""
+        """Ask a socket to say when there is room; a ring's bell tells of room as well."""
         if self.channel.kind != "tcp" or bool(self._backlog) == self._writing:
             return
         self._writing = bool(self._backlog)
@@ -158,7 +159,8 @@ class AsyncConnection(Connection):
         if self.lost is not None:
             raise PeerLost(str(self.lost))
         pending.call_id = next(self.ids)
-        head = call.head(pending, encoded, meta, self.channel.max_frame)
+        left = None if pending.deadline is None else pending.deadline - time.monotonic()
+        head = call.head(pending.call_id, encoded, meta, left, self.channel.max_frame)
         self.pending[pending.call_id] = pending
         try:
             self._send((head, *encoded.inline))
@@ -302,7 +304,7 @@ class _AsyncCaller(Prepared):
             self.look_up(connection.table)
         encoded = self.encode(arguments, keywords)
         pending = _AsyncPending(self.name, self.reader, deadline, connection.loop)
-        pending.refs = bytes(encoded.refs)
+        pending.refs = encoded.refs
         try:
             try:
                 await connection.submit(self, pending, encoded, self.meta)
@@ -313,8 +315,7 @@ class _AsyncCaller(Prepared):
                     pending.reader = self.reader
                 await connection.submit(self, pending, encoded, self.meta)
         except BaseException:
-            if pending.refs:
-                self.link.host.drop_refs(pending.refs)
+            self.link.marshaller.take_back(encoded)
             raise
         return await self._wait(connection, pending)
 
@@ -330,7 +331,9 @@ class _AsyncCaller(Prepared):
         if call is not None:
             gone = CallCancelled(f"{call.method}: the caller cancelled")
             forget = call.when_cancelled(
-                lambda: connection.loop.call_soon_threadsafe(connection.give_up, pending, gone)
+                functools.partial(
+                    connection.loop.call_soon_threadsafe, connection.give_up, pending, gone
+                )
             )
         try:
             return await pending.future
@@ -345,6 +348,7 @@ class _AsyncCaller(Prepared):
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 if pending.future.done() and not pending.future.cancelled():
                     pending.future.exception()
+            del pending  # no circle over this frame, which would keep the arguments
 
 
 async def _in_time(what: Awaitable[T], deadline: float | None, where: str) -> T:

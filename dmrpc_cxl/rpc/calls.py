@@ -22,6 +22,11 @@ log = logging.getLogger("dmrpc.rpc")
 _current: contextvars.ContextVar[Call | None] = contextvars.ContextVar("dmrpc call", default=None)
 
 
+_hooks_lock = (
+    threading.Lock()
+)  # one for all calls: it is held for a moment, by nested and cancelled calls only
+
+
 class Call:
     """A call, seen from the method that serves it.
 
@@ -33,13 +38,13 @@ class Call:
 
     __slots__ = (
         "_hooks",
-        "_lock",
         "about_to_block",
         "cancelled",
         "deadline",
         "metadata",
         "method",
         "peer",
+        "since",
     )
 
     def __init__(
@@ -53,10 +58,10 @@ class Call:
         self.metadata = metadata if metadata is not None else {}
         self.deadline = deadline
         self.peer = peer
+        self.since = 0.0  # time.monotonic() when it was read
         self.cancelled = False
         self.about_to_block: Callable[[], None] | None = None  # the server's: others may read on
         self._hooks: list[Callable[[], Any]] | None = None
-        self._lock = threading.Lock()
 
     @property
     def time_left(self) -> float | None:
@@ -72,7 +77,7 @@ class Call:
 
     def when_cancelled(self, hook: Callable[[], Any]) -> Callable[[], None]:
         """Have hook() called once the call is cancelled, at once if it is; returns what takes the hook away."""
-        with self._lock:
+        with _hooks_lock:
             now = self.cancelled
             if not now:
                 if self._hooks is None:
@@ -82,7 +87,7 @@ class Call:
             hook()
 
         def forget() -> None:
-            with self._lock:
+            with _hooks_lock:
                 if self._hooks and hook in self._hooks:
                     self._hooks.remove(hook)
 
@@ -90,7 +95,7 @@ class Call:
 
     def cancel(self) -> None:
         """Mark the call as cancelled, and cancel what it waits for."""
-        with self._lock:
+        with _hooks_lock:
             if self.cancelled:
                 return
             self.cancelled = True

@@ -48,7 +48,7 @@ from . import endpoint, frames
 from .calls import _current
 from .channel import Channel
 from .forks import not_for_children, release
-from .frames import Code, Flag, Frame, Kind, Method, Welcome
+from .frames import CALL, ERROR, PICKLED, REPLY, Code, Frame, Kind, Method, Welcome
 from .interface import Interface
 from .marshal import FLAGS_OF, TRANSFERS, Encoded, Marshaller, Reader, Serializer, Transfer
 
@@ -61,7 +61,9 @@ log = logging.getLogger("dmrpc.rpc")
 
 ClientInterceptor: TypeAlias = Callable[["Outbound", Callable[[], Any]], Any]
 
-READ_ALONG = 16  # calls outstanding above which sending more also takes replies
+READ_ALONG = (
+    64  # every so many calls sent ahead, replies are taken: the server must not be left with them
+)
 SLICE_SECONDS = 0.1  # longest sleep of a thread that waits: another one may cancel its call
 IDLE_SECONDS = 0.001  # a connection that was not used for so long is looked at before it is used
 FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
@@ -216,11 +218,19 @@ class Connection:
     def take(self, frame: Frame) -> None:
         """Act on a frame that came."""
         kind = frame.kind
-        if kind == Kind.REPLY or (kind == Kind.ERROR and frame.call_id):
+        if kind == REPLY or (kind == ERROR and frame.call_id):
             pending = self.pending.pop(frame.call_id, None)
             if pending is None:  # nobody waits for it any more
                 if frame.nr_refs:
                     self.host.drop_refs(frame.refs)
+                return
+            if kind == REPLY and not (frame.nr_refs or frame.flags or pending.refs):
+                try:
+                    value = _only(pending.reader.read(self.host, frame))
+                except (RemoteProtocolError, ValueError):
+                    self._outcome(pending, frame)  # which says what is wrong
+                else:
+                    pending.settle(value, None)
                 return
             self._outcome(pending, frame)
         elif kind == Kind.GOAWAY:
@@ -236,9 +246,9 @@ class Connection:
         value: Any = None
         failure: BaseException | None = None
         try:
-            if frame.kind == Kind.ERROR:
+            if frame.kind == ERROR:
                 failure = error_of(frame, self.service, pending.method)
-            elif frame.flags & Flag.PICKLED and not self.welcome.pickle:
+            elif frame.flags & PICKLED and not self.welcome.pickle:
                 failure = RemoteProtocolError(
                     f"{self.service} sent a pickle, which was not asked for"
                 )
@@ -359,15 +369,13 @@ class SyncConnection(Connection):
                 raise PeerLost(str(self.lost))
             pending.connection = self
             pending.call_id = call_id = next(self.ids)  # in the order of sending: the server checks
-            head = call.head(pending, encoded, meta, self.channel.max_frame)
+            left = None if pending.deadline is None else pending.deadline - _monotonic()
+            head = call.head(call_id, encoded, meta, left, self.channel.max_frame)
             self.pending[call_id] = pending
-            timeout = (
-                None if pending.deadline is None else max(0.0, pending.deadline - time.monotonic())
-            )
             try:
                 if self.unsent:
-                    self._send_rest(timeout)
-                self.channel.send((head, *encoded.inline) if encoded.inline else head, timeout)
+                    self._send_rest(left)
+                self.channel.send((head, *encoded.inline) if encoded.inline else head, left)
                 if self.unsent:
                     self._send_unsent()
             except (DmError, ValueError) as error:
@@ -380,7 +388,10 @@ class SyncConnection(Connection):
                     self.lost = PeerLost(f"{self.service}: {error}")
                 if self.pending.pop(call_id, None) is None:
                     return  # whoever reads has noticed as well, and ended the call
-                raise failure from None
+                try:
+                    raise failure from None
+                finally:
+                    del failure  # no circle over this frame, and those of its callers
 
     def _send_rest(self, timeout: float | None) -> None:
         """Send what comes before the next call. Context: send_lock held."""
@@ -393,7 +404,7 @@ class SyncConnection(Connection):
         """Take what is there. Context: read_lock held."""
         try:
             while (data := self.channel.recv()) is not None:
-                self.take(frames.parse(data))
+                self.take(_parse(data))
                 del data
         except (PeerLost, ProtocolViolation) as error:
             self.fail(PeerLost(f"{self.service}: {error}"))
@@ -413,9 +424,6 @@ class SyncConnection(Connection):
             if lock.acquire(False):
                 try:
                     while not pending.done:
-                        self.pump()
-                        if pending.done:
-                            break
                         left = SLICE_SECONDS
                         if pending.deadline is not None:
                             left = pending.deadline - time.monotonic()
@@ -431,6 +439,8 @@ class SyncConnection(Connection):
                             channel.wait(left)
                         except ValueError:
                             self.fail(PeerLost(f"{self.service}: the client was closed"))
+                        else:
+                            self.pump()
                 finally:
                     lock.release()
                     if self.nr_followers:
@@ -500,7 +510,11 @@ class SyncPending(Pending):
     connection: SyncConnection
 
     def __init__(self, method: str, reader: Reader, deadline: float | None) -> None:
-        super().__init__(method, reader, deadline)
+        # All fields by hand: a call to super().__init__() is a tenth of what a small call costs here.
+        self.method = method
+        self.reader = reader
+        self.deadline = deadline
+        self.refs = b""
         self.done = False
         self.value: Any = None
         self.error: BaseException | None = None
@@ -520,6 +534,7 @@ class CallFuture:
     """A call that is under way: ``client.future.method(...)``.
 
     Replies are read by whoever waits, so a future makes progress while somebody waits on the same client, or asks done().
+    A future that is dropped does not cancel its call; what the reply holds is given back when it arrives.
     """
 
     __slots__ = ("__weakref__", "_pending")
@@ -552,10 +567,14 @@ class CallFuture:
             TimeoutError: timeout is over.
             CallError, and whatever else the call may raise.
         """
-        error = self.exception(timeout)
+        pending = self._pending
+        error = pending.error if pending.done else self.exception(timeout)
         if error is not None:
-            raise error
-        return self._pending.value
+            try:
+                raise error
+            finally:
+                del self, pending, error  # no circle over this frame
+        return pending.value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the end of the call; return what it raises, None if it gave a result."""
@@ -573,12 +592,6 @@ class CallFuture:
             return False
         pending.connection.give_up(pending, CallCancelled(f"{pending.method}: cancelled"))
         return True
-
-    def __del__(self) -> None:
-        pending = self._pending
-        if not pending.done and pending.connection.lost is None:
-            with contextlib.suppress(DmError, ValueError, OSError):
-                pending.connection.give_up(pending, CallCancelled("nobody waits for it any more"))
 
 
 def _await_nested(pending: SyncPending, timeout: float | None = None) -> None:
@@ -928,19 +941,23 @@ class Client:
         return f"<Client of {self._link.service!r}, {how}>"
 
 
-_NO_ARGUMENTS = Encoded(b"\x90", 0, b"", [], 0)
+_NO_ARGUMENTS = Encoded(b"\x90", 0, b"", (), 0)
+_new_tuple = tuple.__new__
+_head, _parse = frames.head, frames.parse
+_monotonic = time.monotonic
 
 
 class Prepared:
     """Makes the calls of one method."""
 
-    __slots__ = ("link", "meta", "method", "name", "number", "options", "reader", "table")
+    __slots__ = ("flags", "link", "meta", "method", "name", "number", "options", "reader", "table")
 
     def __init__(self, link: Link, options: Options, name: str) -> None:
         self.link = link
         self.options = options
         self.name = name
         self.table: MethodTable | None = None
+        self.flags = FLAGS_OF[options.transfer]
         self.meta = frames.encode(options.metadata) if options.metadata else b""
 
     def look_up(self, table: MethodTable) -> None:
@@ -966,32 +983,36 @@ class Prepared:
             assert self.table is not None
             defaults = self.table.defaults.get(self.name, {})
             arguments = positional(self.link.service, method, arguments, keywords, defaults)
-        if not arguments and options.serializer == "msgpack":
-            return _NO_ARGUMENTS
-        return self.link.marshaller.write(arguments, options.transfer, options.serializer)
+        marshaller, transfer, serializer = (
+            self.link.marshaller,
+            options.transfer,
+            options.serializer,
+        )
+        if serializer == "msgpack":
+            if not arguments:
+                return _NO_ARGUMENTS
+            body = marshaller.plain(arguments, transfer)
+            if body is not None:
+                return _new_tuple(Encoded, (body, 0, b"", (), 0, ()))
+        return marshaller.write(arguments, transfer, serializer)
 
-    def head(self, pending: Pending, encoded: Encoded, meta: bytes, max_frame: int) -> bytes:
-        """Return the frame of a call that has its id, up to the inline part.
+    def head(
+        self, call_id: int, encoded: Encoded, meta: bytes, left: float | None, max_frame: int
+    ) -> bytes:
+        """Return the frame of a call up to the inline part; left is its time in seconds.
 
         Raises:
             LocalProtocolError: the server would not take it.
             DeadlineExceeded: there is no time left.
         """
-        left = 0
-        if pending.deadline is not None:
-            left = int((pending.deadline - time.monotonic()) * 1e6)
+        left_us = 0
+        if left is not None:
             if left <= 0:
                 raise DeadlineExceeded(f"{self.link.service}.{self.name}: no time is left")
-        head = frames.head(
-            Kind.CALL,
-            pending.call_id,
-            flags=FLAGS_OF[self.options.transfer] | encoded.flags,
-            refs=encoded.refs,
-            meta=meta,
-            body=encoded.body,
-            method=self.number,
-            time_left_us=left,
-            inline_bytes=encoded.inline_bytes,
+            left_us = int(left * 1e6) or 1
+        body, flags, refs, _, inline_bytes, _ = encoded
+        head = _head(
+            CALL, call_id, self.flags | flags, refs, meta, body, self.number, left_us, inline_bytes
         )
         if len(head) + encoded.inline_bytes > max_frame:
             raise LocalProtocolError(
@@ -1021,7 +1042,10 @@ class _Caller(Prepared):
             pending.connection.give_up(pending, CallCancelled(f"interrupted: {error!r}"))
             raise
         if pending.error is not None:
-            raise pending.error
+            try:
+                raise pending.error
+            finally:  # no circle over this frame: it would keep the arguments until the collector runs
+                del pending
         return pending.value
 
     def start(
@@ -1033,9 +1057,14 @@ class _Caller(Prepared):
     ) -> SyncPending:
         """Send a call. When the connection turns out to be dead before the call is sent, over a new one."""
         link = self.link
-        deadline = self.deadline(timeout)
-        connection = link.get(deadline)
-        now = time.monotonic()
+        now = _monotonic()
+        if _current.get() is None:
+            deadline = None if timeout is None else now + timeout
+        else:
+            deadline = self.deadline(timeout)
+        connection = link.connection
+        if connection is None or connection.lost is not None or connection.leaving:
+            connection = link.get(deadline)
         if now - connection.used > IDLE_SECONDS and not connection.pending:
             connection.look()
             if connection.lost is not None or connection.leaving:
@@ -1045,7 +1074,7 @@ class _Caller(Prepared):
             self.look_up(connection.table)
         encoded = self.encode(arguments, keywords)
         pending = SyncPending(self.name, self.reader, deadline)
-        pending.refs = bytes(encoded.refs)
+        pending.refs = encoded.refs
         try:
             try:
                 connection.submit(self, pending, encoded, meta)
@@ -1056,8 +1085,7 @@ class _Caller(Prepared):
                     pending.reader = self.reader
                 connection.submit(self, pending, encoded, meta)
         except BaseException:
-            if pending.refs:
-                link.host.drop_refs(pending.refs)
+            link.marshaller.take_back(encoded)
             raise
         return pending
 
@@ -1113,7 +1141,7 @@ class FutureMethods:
 
         def start(*arguments: Any, **keywords: Any) -> CallFuture:
             pending = caller.start(arguments, keywords, caller.options.timeout, caller.meta)
-            if len(pending.connection.pending) > READ_ALONG:
+            if not pending.call_id % READ_ALONG:
                 pending.connection.poll()
             return CallFuture(pending)
 

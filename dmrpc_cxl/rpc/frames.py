@@ -30,11 +30,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import NamedTuple
 
 import msgspec
 
-from ..errors import LocalProtocolError, RemoteProtocolError
+from .._native import FRAME_LIMITS, Frame
+from .._native import frame_head as head
+from .._native import parse_frame as parse
+from ..errors import RemoteProtocolError
 
 __all__ = [
     "HEADER_BYTES",
@@ -47,21 +49,19 @@ __all__ = [
     "Hello",
     "Kind",
     "Welcome",
+    "head",
     "parse",
     "short",
 ]
 
 PROTOCOL = 1
-HEADER = struct.Struct("<IBBHQQIIII")
-HEADER_BYTES = HEADER.size
-REF_BYTES = 40
-MAX_REFS = 0xFFFF
-MAX_FRAME_BYTES = 1 << 30
-MAX_META_BYTES = 64 << 10
-INLINE_ALIGNMENT = 64
+HEADER_BYTES = FRAME_LIMITS["header_bytes"]
+REF_BYTES = FRAME_LIMITS["ref_bytes"]
+MAX_REFS = FRAME_LIMITS["max_refs"]
+MAX_FRAME_BYTES = FRAME_LIMITS["max_bytes"]
+MAX_META_BYTES = FRAME_LIMITS["max_meta_bytes"]
+INLINE_ALIGNMENT = FRAME_LIMITS["alignment"]
 MAGIC = b"DmRPC\r\n\x00"
-
-assert HEADER_BYTES == 40
 
 
 class Kind(enum.IntEnum):
@@ -87,7 +87,11 @@ class Flag(enum.IntFlag):
     COPY = 12  # results by Ref, copied eagerly
 
 
-KNOWN_FLAGS = 15
+# Plain integers for what every call does: operators of IntFlag cost as much as the rest of a small call.
+CALL, REPLY, ERROR = int(Kind.CALL), int(Kind.REPLY), int(Kind.ERROR)
+PICKLED, BLOBS = int(Flag.PICKLED), int(Flag.BLOBS)
+SPECIAL_FLAGS = PICKLED | BLOBS
+KNOWN_FLAGS = FRAME_LIMITS["known_flags"]
 TRANSFER_MASK = 12
 
 
@@ -110,113 +114,9 @@ class Code(enum.IntEnum):
     UNKNOWN_SERVICE = 14
 
 
-class Frame(NamedTuple):
-    """A checked frame; everything but ``data`` is read off its header."""
-
-    kind: int
-    flags: int
-    nr_refs: int
-    call_id: int
-    time_left_us: int
-    method: int
-    meta_bytes: int
-    body_bytes: int
-    inline_at: int
-    data: bytearray | bytes | memoryview
-
-    @property
-    def refs(self) -> memoryview:
-        """The Refs, 40 bytes each."""
-        return memoryview(self.data)[HEADER_BYTES : HEADER_BYTES + REF_BYTES * self.nr_refs]
-
-    @property
-    def meta(self) -> memoryview:
-        """The call's metadata, msgpack; may be empty."""
-        at = HEADER_BYTES + REF_BYTES * self.nr_refs
-        return memoryview(self.data)[at : at + self.meta_bytes]
-
-    @property
-    def body(self) -> memoryview:
-        """The arguments, the result or the error."""
-        at = HEADER_BYTES + REF_BYTES * self.nr_refs + self.meta_bytes
-        return memoryview(self.data)[at : at + self.body_bytes]
-
-
-_KINDS = frozenset(Kind)
-
-
-def parse(data: bytearray | bytes | memoryview) -> Frame:
-    """Read and check the header of a whole frame.
-
-    Raises:
-        RemoteProtocolError: it says something that cannot be.
-    """
-    try:
-        size, *fields = HEADER.unpack_from(data)
-    except struct.error:
-        raise RemoteProtocolError(f"a frame of {len(data)} bytes has no header") from None
-    frame = Frame(*fields, data)
-    end = HEADER_BYTES + REF_BYTES * frame.nr_refs + frame.meta_bytes + frame.body_bytes
-    inline_at = frame.inline_at
-    if size != len(data):
-        raise RemoteProtocolError(f"a frame of {len(data)} bytes says that it has {size}")
-    if frame.kind not in _KINDS:
-        raise RemoteProtocolError(f"a frame of unknown kind {frame.kind}")
-    if frame.flags & ~KNOWN_FLAGS:
-        raise RemoteProtocolError(f"a frame with unknown flags {frame.flags:#x}")
-    if frame.meta_bytes > MAX_META_BYTES:
-        raise RemoteProtocolError(
-            f"{frame.meta_bytes} bytes of metadata; {MAX_META_BYTES} are allowed"
-        )
-    if inline_at:
-        if inline_at % INLINE_ALIGNMENT or not end <= inline_at <= size:
-            raise RemoteProtocolError(f"inline data cannot begin at byte {inline_at} of {size}")
-    elif end != size:
-        raise RemoteProtocolError(f"the parts of a frame of {size} bytes have {end}")
-    return frame
-
-
-def head(
-    kind: int,
-    call_id: int,
-    *,
-    flags: int = 0,
-    refs: bytes | bytearray = b"",
-    meta: bytes = b"",
-    body: bytes = b"",
-    method: int = 0,
-    time_left_us: int = 0,
-    inline_bytes: int = 0,
-) -> bytes:
-    """Return a frame up to its inline part, which has inline_bytes.
-
-    Raises:
-        LocalProtocolError: it would be larger than a frame can be.
-    """
-    nr_refs = len(refs) // REF_BYTES
-    end = HEADER_BYTES + len(refs) + len(meta) + len(body)
-    inline_at = (
-        (end + INLINE_ALIGNMENT - 1) // INLINE_ALIGNMENT * INLINE_ALIGNMENT if inline_bytes else 0
-    )
-    size = inline_at + inline_bytes if inline_bytes else end
-    if size > MAX_FRAME_BYTES or nr_refs > MAX_REFS or len(meta) > MAX_META_BYTES:
-        raise LocalProtocolError(
-            f"a message of {size} bytes with {nr_refs} Refs and {len(meta)} bytes of metadata; allowed are "
-            f"{MAX_FRAME_BYTES}, {MAX_REFS} and {MAX_META_BYTES}: send large arguments by Ref, and fewer of them"
-        )
-    packed = HEADER.pack(
-        size, kind, flags, nr_refs, call_id, time_left_us, method, len(meta), len(body), inline_at
-    )
-    if inline_bytes:
-        return b"".join((packed, refs, meta, body, bytes(inline_at - end)))
-    if refs or meta:
-        return b"".join((packed, refs, meta, body))
-    return packed + body
-
-
 def short(kind: int, call_id: int = 0) -> bytes:
     """Return a frame that is all header: CANCEL, DISCARD, GOAWAY."""
-    return HEADER.pack(HEADER_BYTES, kind, 0, 0, call_id, 0, 0, 0, 0, 0)
+    return head(kind, call_id)
 
 
 def readdress(frame: Frame, call_id: int) -> None:

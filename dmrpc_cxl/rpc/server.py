@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import inspect
 import itertools
 import logging
@@ -67,7 +68,7 @@ from .calls import Call, _current
 from .channel import Channel, Parts, RingChannel, TcpChannel
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
 from .forks import not_for_children, release
-from .frames import TRANSFER_MASK, Code, Flag, Frame, Kind, Welcome
+from .frames import CALL, PICKLED, REPLY, TRANSFER_MASK, Code, Frame, Kind, Welcome
 from .interface import MISSING, Bound, Interface
 from .marshal import TRANSFER_OF, Marshaller, Serializer
 
@@ -89,7 +90,9 @@ JOIN_SECONDS = 5.0  # for all threads of a server together, when it stops
 MAX_BACKLOG_BYTES = 256 << 20  # kept for a connection that does not read
 MAX_HANDSHAKES = 256
 UNSETTLED_REPLIES = 64
+NO_ARGUMENTS = b"\x90"  # an empty list
 _astuple = msgspec.structs.astuple
+_head, _parse = frames.head, frames.parse
 
 
 class _Connection:
@@ -106,6 +109,7 @@ class _Connection:
         "inline",
         "key",
         "last_id",
+        "let_others_in",
         "read_lock",
         "send_lock",
         "unsettled",
@@ -115,6 +119,7 @@ class _Connection:
         self.channel = channel
         self.key = key
         self.closed = False
+        self.let_others_in: Callable[[], None] = lambda: None
         self.read_lock = threading.Lock()
         self.send_lock = threading.Lock()
         self.has_more = _look_at(channel)  # without a system call
@@ -123,8 +128,8 @@ class _Connection:
         self.calls: dict[int, Call] = {}
         self.inline: dict[
             int, float
-        ] = {}  # calls that run on the thread that read them, and since when
-        self.backlog: collections.deque[tuple[Parts, int, int]] = (
+        ] = {}  # calls that run on the thread that read them, since when
+        self.backlog: collections.deque[tuple[Parts | bytes, int, int]] = (
             collections.deque()
         )  # parts, sent, total
         self.backlog_bytes = 0
@@ -320,7 +325,7 @@ class Server:
                             if channel.arm():
                                 continue
                             return
-                        frame = frames.parse(data)
+                        frame = _parse(data)
                         del data
                         call = self._admit(connection, frame)
                     if connection.has_more():
@@ -336,10 +341,10 @@ class Server:
             if call is None:
                 continue
             call_id = frame.call_id
-            connection.inline[call_id] = time.monotonic()
+            connection.inline[call_id] = call.since
             if self._warden_parked:
                 self._kick_warden()
-            call.about_to_block = lambda: self._let_others_in(connection)
+            call.about_to_block = connection.let_others_in
             try:
                 self._run(connection, frame, call)
             finally:
@@ -361,7 +366,7 @@ class Server:
             if data is None:
                 return
             room -= len(data)
-            frame = frames.parse(data)
+            frame = _parse(data)
             call = self._admit(connection, frame)
             if call is not None:
                 ahead.append((frame, call))
@@ -398,7 +403,7 @@ class Server:
             if self._warden_parked:
                 self._kick_warden()
             try:
-                self._run(connection, frame, call)
+                self._run(connection, frame, call, True)
             finally:
                 del self._running[me]
             del connection, frame, call
@@ -407,12 +412,14 @@ class Server:
 
     def _admit(self, connection: _Connection, frame: Frame) -> Call | None:
         """Look at a frame that was just read; return the call that is to be run for it. Context: read_lock held."""
-        if frame.kind == Kind.CALL:
+        if frame.kind == CALL:
             call_id = frame.call_id
             if call_id <= connection.last_id:
                 raise RemoteProtocolError(f"call {call_id} came after call {connection.last_id}")
             connection.last_id = call_id
-            deadline = time.monotonic() + frame.time_left_us * 1e-6 if frame.time_left_us else None
+            left_us = frame.time_left_us
+            now = time.monotonic()
+            deadline = now + left_us * 1e-6 if left_us else None
             if frame.method >= len(self._methods):
                 self._refuse(
                     connection,
@@ -432,6 +439,7 @@ class Server:
             call = Call(
                 self._methods[frame.method].name, frames.read_meta(frame), deadline, connection.key
             )
+            call.since = now
             connection.calls[call_id] = call
             return call
         if frame.kind == Kind.CANCEL:
@@ -455,31 +463,41 @@ class Server:
 
     def _refuse(self, connection: _Connection, call_id: int, code: Code, error: DmError) -> None:
         self.counts[code.name.lower()] += 1
-        self._send(connection, (error_frame(call_id, code, error),))
+        self._send(connection, error_frame(call_id, code, error))
 
     def _violation(self, connection: _Connection, error: RemoteProtocolError) -> None:
         log.warning("%s: closing a connection: %s", self.name, error)
         self.counts["violations"] += 1
         with contextlib.suppress(DmError, ValueError):
-            self._send(connection, (error_frame(0, Code.VERSION, error),))
+            self._send(connection, error_frame(0, Code.VERSION, error))
         self._close(connection, error)
 
     # ------------------------------------------------------------ calls
 
-    def _run(self, connection: _Connection, frame: Frame, call: Call) -> None:
+    def _run(
+        self, connection: _Connection, frame: Frame, call: Call, was_queued: bool = False
+    ) -> None:
         """Run a call and answer it. Never raises."""
         bound = self._methods[frame.method]
         call_id = frame.call_id
         token = _current.set(call)
         phase = Code.BAD_ARGUMENTS
         try:
-            call.check()
-            box = [self._arguments(bound, frame)]
+            if was_queued or call.cancelled:
+                call.check()
+            if bound.takes_none and frame.body == NO_ARGUMENTS:
+                box: list[Any] = [()]
+            else:
+                box = [self._arguments(bound, frame)]
             phase = Code.REMOTE
             if bound.is_async:
                 self._start_async(connection, frame, call, bound, box)
                 return
-            self._invoke(call, bound.function, box)
+            if self._interceptors:
+                self._invoke(call, bound.function, box)
+            else:
+                # Whatever it returns is referred to by the box alone: see may_move.
+                box.append(bound.function(*box.pop()))
             if call.cancelled:  # Refs in the reply would lie there until the client reads again
                 call.check()
             phase = Code.BAD_RESULT
@@ -506,7 +524,7 @@ class Server:
         box.append(proceed())
 
     def _arguments(self, bound: Bound, frame: Frame) -> Sequence[Any]:
-        if frame.flags & Flag.PICKLED:
+        if frame.flags & PICKLED:
             if not self._pickle:
                 raise AccessDenied(
                     f"{self.name} takes no pickled arguments: serve(..., pickle=True) would"
@@ -520,8 +538,6 @@ class Server:
                     f"{bound.name} takes {bound.nr_required} to {bound.nr_max} arguments"
                 )
             return arguments
-        if bound.takes_none and frame.body_bytes == 1:
-            return ()
         try:
             values = _astuple(bound.reader.read(self.host, frame))
         except msgspec.ValidationError as error:
@@ -534,7 +550,12 @@ class Server:
 
     def _reply(self, connection: _Connection, call_id: int, flags: int, box: list[Any]) -> None:
         """Send box[0]; afterwards the box is empty."""
-        serializer: Serializer = "pickle" if flags & Flag.PICKLED else "msgpack"
+        if not flags & PICKLED:
+            body = self._marshaller.plain(box, TRANSFER_OF[flags & TRANSFER_MASK])
+            if body is not None:
+                self._send(connection, _head(REPLY, call_id, 0, b"", b"", body))
+                return
+        serializer: Serializer = "pickle" if flags & PICKLED else "msgpack"
         try:
             encoded = self._marshaller.write(
                 box, TRANSFER_OF[flags & TRANSFER_MASK], serializer, may_move=True
@@ -591,7 +612,7 @@ class Server:
         except Exception as odd:  # its __str__ raises, or gives what is no text
             told = error_frame(call_id, code, _stand_in(error, odd))
         with contextlib.suppress(DmError, ValueError, OSError):
-            self._send(connection, (told,))
+            self._send(connection, told)
 
     @staticmethod
     def _diagnosis(error: BaseException, phase: Code) -> Code:
@@ -668,11 +689,11 @@ class Server:
 
     # ------------------------------------------------------------ sending
 
-    def _send(self, connection: _Connection, parts: Parts) -> None:
+    def _send(self, connection: _Connection, parts: Parts | bytes) -> None:
+        total = len(parts) if isinstance(parts, bytes) else sum(len(part) for part in parts)
         with connection.send_lock:
             if connection.closed:
                 raise PeerLost("the caller is gone")
-            total = len(parts[0]) if len(parts) == 1 else sum(len(part) for part in parts)
             sent = 0
             if not connection.backlog:
                 sent = connection.channel.try_send(parts, 0)
@@ -739,6 +760,7 @@ class Server:
 
     def _open(self, channel: Channel) -> None:
         connection = _Connection(channel, next(self._keys))
+        connection.let_others_in = functools.partial(self._let_others_in, connection)
         with self._lock:
             if self._draining:
                 channel.close()
@@ -809,7 +831,7 @@ class Server:
         """Look for DISCARD, which a client that ended may have sent last."""
         with connection.read_lock, contextlib.suppress(PeerLost, RemoteProtocolError, ValueError):
             while (data := connection.channel.recv()) is not None:
-                frame = frames.parse(data)
+                frame = _parse(data)
                 if frame.kind == Kind.DISCARD:
                     self._discard(connection, frame.call_id)
 
@@ -908,6 +930,9 @@ class Server:
                 self._read_aside(connection)
         if self._queue:
             self._expire_queue()
+            with contextlib.suppress(IndexError):
+                if self._queue[0][2].since < now - 2 * TICK_SECONDS:  # those calls do take long
+                    self._call_others(len(self._queue))
         return True
 
     @staticmethod
@@ -943,7 +968,7 @@ class Server:
                     data = connection.channel.recv()
                     if data is None:
                         break
-                    frame = frames.parse(data)
+                    frame = _parse(data)
                     admitted = self._admit(connection, frame)
                     if admitted is None:
                         continue
@@ -967,7 +992,7 @@ class Server:
             self._queue.append((connection, frame, call))
             nr_queued += 1
         if nr_queued:
-            self._call_others(nr_queued)
+            self._call_others()  # one: several that run short calls would only take the interpreter from each other
 
     def _call_others(self, n: int = 1) -> None:
         with self._lock:
@@ -1030,7 +1055,7 @@ class Server:
                 self.host.withdraw(self.name)
         for connection in list(self._connections.values()):
             with contextlib.suppress(DmError, ValueError, OSError):
-                self._send(connection, (frames.short(Kind.GOAWAY),))
+                self._send(connection, frames.short(Kind.GOAWAY))
         give_up = time.monotonic() + seconds
         with self._idle:
             while self._busy() and (left := give_up - time.monotonic()) > 0:

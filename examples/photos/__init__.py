@@ -1,18 +1,18 @@
-"""Photographs that travel by reference: a client, a load balancer and workers, each a host of its own.
+"""Photographs that are edited elsewhere: a client, a load balancer and workers, each a host of its own.
 
-    client ──Ref──▶ balancer ──Ref──▶ worker
-           ◀──Ref──          ◀──Ref──
+    client ──call──▶ balancer ──call──▶ worker
+           ◀─reply──          ◀─reply──
 
-The client places real photographs in DM and sends Refs of 40 bytes. The balancer passes them on to the less
-loaded worker and never sees a pixel. A worker maps a Ref, counts a histogram, edits a band of the picture in
-place, and sends a Ref to the result back. Only the pages of the band are copied, by copy-on-write; the
-client's own picture stays as it was, which it checks, along with every result.
+The client has real photographs in DM and calls PhotoService.edit, first by value, then by reference, always over the same
+processes. By value the pixels travel in the messages. By reference a message has a Ref of 40 bytes; the balancer passes it
+on to the least loaded worker and never sees a pixel; the worker counts a histogram, edits a band of the picture in place,
+and returns it. Only the pages of the band are copied, by copy-on-write; the client's own picture stays as it was, which it
+checks, along with every result.
 
 ``scripts/run_fabric.sh`` or ``python -m examples.photos`` runs it. Map of the package:
 
-    picture.py     the photographs, and what is done to them; knows nothing of DM
-    messages.py    what is said between the three
-    wire.py        how it is said: the one module that an RPC layer would replace
+    picture.py                        the photographs, and what is done to them; knows nothing of DM
+    service.py                        what the three say to each other: plain classes
     worker.py, balancer.py, client.py
-    report.py      the table at the end
+    report.py                         the table at the end
 """

@@ -1,121 +1,110 @@
-"""The client: places photographs in DM, has them edited elsewhere, and checks what comes back."""
+"""The client: has photographs in DM, has them edited elsewhere in two ways, and checks what comes back."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-import dmrpc_cxl
-from dmrpc_cxl.errors import RefConsumed
+from dmrpc_cxl import Host
+from dmrpc_cxl.errors import DmError, PeerLost, RefConsumed
 
-from . import report, wire
-from .messages import Answer, Failure, Finish, Request
+from .balancer import Desk
 from .picture import Edit, Pixels, histogram, pictures
+from .report import MODES, Report
+from .service import THRESHOLD, Edited, PhotoService, wait_for
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-IN_FLIGHT = 8  # requests: enough to keep two workers busy
+AT_ONCE = 8  # calls under way: enough to keep two workers busy
 
 
 class Wrong(Exception):
     """A picture did not come back, or not as it should."""
 
 
-class Pending:
-    """A request without its answer."""
+class Picture:
+    """A photograph, and what is to be done to it."""
 
-    def __init__(self, host: dmrpc_cxl.Host, number: int, name: str, source: Pixels) -> None:
+    def __init__(self, host: Host, number: int, name: str, source: Pixels) -> None:
         self.name = name
         self.source = source
         self.edit = Edit.number(number, source.shape[0])
-        self.placed = host.array(source)  # in DM; stays ours, copy-on-write from now on
-        self.ref = host.create_ref(self.placed)
-        self.request = Request(
-            number,
-            self.ref.to_bytes(),
-            source.shape,
-            source.dtype.str,
-            source.nbytes,
-            self.edit,
-        )
+        self.placed = host.array(source)  # in DM: this is what the client keeps and sends
 
-    def check(self, counts: bytes, result: Pixels) -> None:
+    def check(self, edited: Edited) -> None:
         """Compare with what this process computes by itself.
 
         Raises:
             Wrong: they differ.
         """
-        if counts != histogram(self.source).tobytes():
-            raise Wrong(f"{self.name}: another histogram")
         expected = self.source.copy()
         self.edit.apply(expected)
-        if not np.array_equal(result, expected):
+        if not np.array_equal(edited.histogram, histogram(self.source)):
+            raise Wrong(f"{self.name}: another histogram")
+        if not np.array_equal(edited.pixels, expected):
             raise Wrong(f"{self.name}: other pixels than expected")
         if not np.array_equal(self.placed, self.source):
             raise Wrong(f"{self.name}: the edit shows in the client's own picture")
 
 
 class Client:
-    """One session with the balancer."""
+    """One session: every picture once in each mode."""
 
-    def __init__(self, host: dmrpc_cxl.Host, balancer: wire.Channel, out: Path) -> None:
+    def __init__(self, host: Host, report: Report, out: Path) -> None:
         self.nr_done = 0
-        self.bytes_done = 0
+        self.nr_repeated = 0
         self._host = host
-        self._balancer = balancer
+        self._report = report
         self._out = out
-        self._pending: dict[int, Pending] = {}
+        self._services = {
+            mode: host.connect("balancer", PhotoService, transfer=transfer, threshold=THRESHOLD)
+            for mode, transfer in MODES.items()
+        }
 
     def run(self, work: Iterable[tuple[str, Pixels]]) -> None:
-        """Have every picture edited.
+        """Have every picture edited, some at a time, the modes taking turns.
 
         Raises:
-            Wrong, PeerGone, TimeoutError, DmError: at the first that fails.
+            Wrong, DmError: at the first that fails.
         """
-        try:
-            for number, (name, pixels) in enumerate(work):
-                if len(self._pending) == IN_FLIGHT:
-                    self._receive()
-                pending = Pending(self._host, number, name, pixels)
-                self._pending[number] = pending
-                self._balancer.send(pending.request)
-            while self._pending:
-                self._receive()
-        finally:
-            for pending in self._pending.values():
-                pending.ref.drop()  # those that nobody has accepted yet
-            self._pending.clear()
+        modes = list(MODES)
+        numbered = enumerate(work)
+        while chosen := list(itertools.islice(numbered, AT_ONCE)):
+            batch = [Picture(self._host, number, name, pixels) for number, (name, pixels) in chosen]
+            for mode in modes:
+                with self._report.measure(mode, len(batch)):
+                    results = list(self._edited(self._services[mode], batch))
+                for picture, edited in zip(batch, results, strict=True):
+                    picture.check(edited)
+                    self._save(picture.name, edited.pixels)
+                del edited, results
+            modes.reverse()  # nobody is always the first
+            self.nr_done += len(batch)
 
-    def _receive(self) -> None:
-        message = self._balancer.receive()
-        if isinstance(message, Failure):
-            pending = self._pending[message.number]
-            raise Wrong(f"{pending.name}: {message.text}")
-        assert isinstance(message, Answer)
-        pending = self._pending.pop(message.number)
-        try:
-            mapped = self._host.map_ref(message.ref)
-        except RefConsumed as error:  # a Ref that nobody has accepted yet dies with its holder
-            raise Wrong(f"{pending.name}: {message.worker} has died: {error}") from None
-        with mapped as buffer:
-            self._finish(pending, message, buffer.numpy(pending.source.dtype, pending.source.shape))
+    def _edited(self, service: PhotoService, batch: list[Picture]) -> Iterator[Edited]:
+        futures = [service.future.edit(picture.placed, picture.edit) for picture in batch]  # type: ignore[attr-defined]
+        for picture, future in zip(batch, futures, strict=True):
+            try:
+                yield future.result()
+            except (PeerLost, RefConsumed):  # its worker has died: an edit can be done again
+                self.nr_repeated += 1
+                try:
+                    yield service.edit(picture.placed, picture.edit)
+                except PeerLost as error:
+                    raise Wrong(f"{picture.name}: {error}") from None
 
-    def _finish(self, pending: Pending, answer: Answer, result: Pixels) -> None:
-        pending.check(answer.histogram, result)
+    def _save(self, name: str, pixels: Pixels) -> None:
         # Level 1: compressing the pictures would otherwise take longer than all the rest.
-        Image.fromarray(result).save(self._out / f"{pending.name}.png", compress_level=1)
-        self.nr_done += 1
-        self.bytes_done += pending.source.nbytes
+        Image.fromarray(pixels).save(self._out / f"{name}.png", compress_level=1)
 
 
-def main(host: dmrpc_cxl.Host) -> int:
+def main(host: Host) -> int:
     """Run the session and print what it took."""
     parser = argparse.ArgumentParser(prog="client")
     parser.add_argument("--pictures", type=int, metavar="N", help="only the first N")
@@ -125,28 +114,23 @@ def main(host: dmrpc_cxl.Host) -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     work = itertools.islice(pictures(), options.pictures)
+    began = time.monotonic()
     try:
-        balancer = wire.connect(host, "balancer")
-    except (wire.PeerGone, dmrpc_cxl.DmError) as error:
+        wait_for(host, "balancer", "desk")
+        desk = host.connect("desk", Desk, timeout=None)
+        attending = desk.future.attend()  # type: ignore[attr-defined]
+        report = Report(host.fabric, desk)
+        client = Client(host, report, options.out)
+        client.run(work)
+        report.show()
+        attending.cancel()  # the balancer ends, and then the workers
+    except (Wrong, DmError) as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
-    client = Client(host, balancer, options.out)
-    began = time.monotonic()
-    failure = None
-    try:
-        client.run(work)
-        report.show(host.fabric)
-    except (Wrong, wire.PeerGone, TimeoutError, dmrpc_cxl.DmError) as error:
-        failure = str(error)
-    with contextlib.suppress(wire.PeerGone):
-        balancer.send(Finish())
-    if failure is not None:
-        print(f"failed: {failure}", file=sys.stderr)
-        return 1
-    seconds = time.monotonic() - began
+    if client.nr_repeated:
+        print(f"a worker was lost: {client.nr_repeated} edits were asked for again")
     print(
-        f"{client.nr_done} pictures of {report.size(client.bytes_done)} edited in {seconds:.1f} s with "
-        f"{report.size(balancer.bytes_sent)} of requests and {report.size(balancer.bytes_received)} of answers"
+        f"{client.nr_done} pictures, each in {len(MODES)} ways, in {time.monotonic() - began:.1f} s: "
+        f"every result is right, every original is untouched; results are in {options.out}"
     )
-    print(f"every result is right, every original is untouched; results are in {options.out}")
     return 0

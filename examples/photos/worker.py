@@ -1,66 +1,44 @@
-"""The worker: maps what a Ref denotes, counts it, edits a band of it, and sends a Ref to the result back."""
+"""The worker: a service like any other. It does not know whether a picture came by value or by reference."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import signal
-import sys
-
-import numpy as np
 
 import dmrpc_cxl
 
-from . import wire
-from .messages import Answer, Failure, Request
-from .picture import histogram
+from .picture import Edit, Pixels, histogram
+from .service import THRESHOLD, Attended, Edited, PhotoService
 
 
-def serve(host: dmrpc_cxl.Host, request: Request) -> Answer:
-    """Answer one request."""
-    buffer = host.map_ref(request.ref)
-    pixels = buffer.numpy(np.dtype(request.dtype), request.shape)
-    counts = histogram(pixels)  # reading costs nothing: no fault, no copy
-    request.edit.apply(pixels)  # the first store to each page of the band copies that page
-    del pixels  # a buffer that is given away must not have views
-    ref = host.create_ref(buffer, move=True)
-    return Answer(request.number, ref.to_bytes(), counts.tobytes(), host.name)
+class Worker(Attended, PhotoService):
+    """Edits pictures, until whoever attends to it has gone."""
 
+    def __init__(self, die_at: int | None = None) -> None:
+        super().__init__()
+        self.nr_served = 0
+        self._die_at = die_at
 
-def work(host: dmrpc_cxl.Host, balancer: wire.Channel, die_at: int | None) -> int:
-    """Serve requests until the balancer has no more. Returns how many there were.
-
-    Raises:
-        PeerGone: the balancer ended without saying so.
-    """
-    served = 0
-    while isinstance(message := balancer.receive(None), Request):
-        served += 1
-        if served == die_at:
-            kept = host.map_ref(message.ref)
-            print(f"dying with {kept.nbytes} bytes mapped")
+    def edit(self, pixels: Pixels, edit: Edit) -> Edited:
+        """Count the values of a picture and change a band of it."""
+        self.nr_served += 1
+        counts = histogram(pixels)  # reading costs nothing: no fault, no copy
+        if self.nr_served == self._die_at:
+            print(f"dying with {pixels.nbytes} bytes in hand")
             os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            answer: Answer | Failure = serve(host, message)
-        except (dmrpc_cxl.DmError, ValueError, TypeError, KeyError) as error:
-            answer = Failure(message.number, f"{host.name}: {type(error).__name__}: {error}")
-        balancer.send(answer)
-    return served
+        edit.apply(pixels)  # the first store to a page that others hold copies that page
+        return Edited(pixels, counts)  # nobody else refers to the pixels: they are handed on
 
 
 def main(host: dmrpc_cxl.Host) -> int:
-    """Serve the balancer until it says that it is over."""
+    """Serve under this host's name."""
     parser = argparse.ArgumentParser(prog="worker")
     parser.add_argument(
-        "--die-at", type=int, metavar="N", help="SIGKILL itself with the Nth picture mapped"
+        "--die-at", type=int, metavar="N", help="SIGKILL itself with the Nth picture in hand"
     )
-    options = parser.parse_args()
-    with wire.listening(host, host.name) as listener:
-        balancer = wire.accept(listener, "balancer")
-    try:
-        served = work(host, balancer, options.die_at)
-    except wire.PeerGone as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"{served} pictures served")
+    worker = Worker(parser.parse_args().die_at)
+    with host.serve(worker, name=host.name, threads=1, threshold=THRESHOLD):
+        worker.over.wait()
+    print(f"{worker.nr_served} pictures served")
     return 0

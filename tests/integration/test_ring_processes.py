@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from dmrpc_cxl._native import Ring
-from dmrpc_cxl.errors import PeerGone
+from dmrpc_cxl.errors import PeerLost
 from tests.rings import attach, ended, forked, frame, in_program, receive
 
 SIZES = [40, 41, 4096, 65535, 65536, 65537, 1 << 20, (1 << 20) + 1, 5_000_001, 64 << 20]
@@ -88,7 +88,7 @@ def killed(blocked_in_send: bool) -> None:
     killer = threading.Timer(0.05, os.kill, (pid, signal.SIGKILL))
     killer.start()
     if blocked_in_send:
-        with pytest.raises(PeerGone):
+        with pytest.raises(PeerLost):
             server.send(frame(1 << 20))
     else:
         assert server.wait() is False

@@ -160,19 +160,45 @@ def program(tmp_path: Path) -> Callable[[str, str], str]:
 # ---------------------------------------------------------------- success
 
 
+def row_of(run: Run, name: str) -> tuple[str, str]:
+    """Return what the client's table says by value and by reference."""
+    for line in run.lines_of("client"):
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if cells[0] == name:
+            return cells[1], cells[2]
+    raise AssertionError(f"no row {name!r}:\n{run.output}")
+
+
+def edited_pictures(number: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what the first pictures of the demonstration have to become."""
+    from examples.photos.picture import Edit, pictures
+
+    for place, (name, pixels) in enumerate(itertools.islice(pictures(), number)):
+        Edit.number(place, pixels.shape[0]).apply(pixels := pixels.copy())
+        yield name, pixels
+
+
 def test_demonstration_edits_photographs_by_reference_and_every_frame_comes_back(start, tmp_path):
     from PIL import Image
-
-    from examples.photos.picture import Edit, pictures
 
     run = start(*SMALL, "--", "--pictures", "6", "--out", str(tmp_path / "out"))
     assert run.end() == 0, run.output
     assert "all 4096 frames are back in the pool, and no Ref is alive" in run.output
-    assert any(line.startswith("│ all ") for line in run.lines_of("client"))
-    for number, (name, pixels) in enumerate(itertools.islice(pictures(), 6)):
-        expected = pixels.copy()
-        Edit.number(number, pixels.shape[0]).apply(expected)
+    assert row_of(run, "pictures") == ("6", "6")
+    for name, expected in edited_pictures(6):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), expected)
+
+
+def test_demonstration_sends_pixels_by_value_and_none_by_reference(start, tmp_path):
+    run = start(*SMALL, "--", "--pictures", "6", "--out", str(tmp_path))
+    assert run.end() == 0, run.output
+    by_value, by_reference = row_of(run, "sent in messages")
+    assert by_value.endswith(" MiB")
+    assert by_reference.endswith(" KiB")  # histograms, and 40 bytes for each picture
+    assert row_of(run, "passed by Ref")[0] == row_of(run, "copied on write")[0] == "0 B"
+    assert row_of(run, "faults")[0] == row_of(run, "frames copied")[0] == "0"
+    assert row_of(run, "passed by Ref")[1].endswith(" MiB")
+    assert row_of(run, "frames copied")[1] not in ("", "0")
 
 
 def test_hosts_reach_the_coordinator_over_tcp(start, program):
@@ -310,17 +336,66 @@ def test_hosts_that_do_not_end_after_a_failure_are_stopped(start, program):
     assert "all 4096 frames are back" in run.output
 
 
-def test_client_reports_a_worker_that_dies_with_its_picture(start, tmp_path):
-    run = start(
-        "--program", f"client=examples.photos.client:main --out {tmp_path}",
-        "--program", "balancer=examples.photos.balancer:main worker-1 worker-2",
-        "--program", "worker-1=examples.photos.worker:main",
-        "--program", "worker-2=examples.photos.worker:main --die-at 3",
-        cwd=CHECKOUT,
-    )  # fmt: skip
+def photos(workers: dict[str, str], *client: str) -> tuple[str, ...]:
+    """Return the programs of the demonstration, workers with their options."""
+    programs = [
+        f"client=examples.photos.client:main {' '.join(client)}",
+        f"balancer=examples.photos.balancer:main {' '.join(workers)}",
+        *(f"{name}=examples.photos.worker:main {options}" for name, options in workers.items()),
+    ]
+    return tuple(word for program in programs for word in ("--program", program))
+
+
+def test_edits_of_a_worker_that_dies_are_done_by_the_other_one(start, tmp_path):
+    from PIL import Image
+
+    workers = {"worker-1": "", "worker-2": "--die-at 3"}
+    programs = photos(workers, "--pictures 8", f"--out {tmp_path}")
+    run = start("--keep-going", *programs, cwd=CHECKOUT)
     assert run.end() == 137, run.output
-    assert re.search(r"client +\| failed: \S+: worker-2 has died", run.output)
+    assert "worker-2 was killed by SIGKILL" in run.output
+    assert re.search(r"client +\| a worker was lost: [1-9]\d* edits", run.output)
+    assert row_of(run, "pictures") == ("8", "8")
+    for name, expected in edited_pictures(8):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), expected)
+    assert "frames are back in the pool, and no Ref is alive" in run.output
+
+
+def test_client_says_so_when_its_last_worker_dies(start, tmp_path):
+    programs = photos({"worker-1": "--die-at 12"}, f"--out {tmp_path}")
+    run = start("--keep-going", *programs, cwd=CHECKOUT)
+    assert run.end() == 137, run.output
+    assert re.search(r"client +\| failed: \S+: .*no backend can be reached", run.output)
     assert "client ended with status 1" in run.output
+    assert "frames are back in the pool, and no Ref is alive" in run.output
+
+
+def test_balancer_and_workers_end_when_their_client_is_killed(start, tmp_path):
+    text = """
+        import os, signal
+        from examples.photos import client
+        class Deadly(client.Picture):
+            def check(self, edited):
+                print("dying with a result in hand")
+                os.kill(os.getpid(), signal.SIGKILL)
+        client.Picture = Deadly
+        main = client.main
+    """
+    (tmp_path / "deadly.py").write_text(textwrap.dedent(text))
+    _, _, *others = photos({"worker-1": "", "worker-2": ""})
+    client = f"client=env PYTHONPATH={tmp_path}:{CHECKOUT} {sys.executable} -m dmrpc_cxl.fabric.call deadly:main"
+    run = start("--keep-going", "--program", f"{client} --out {tmp_path}", *others, cwd=CHECKOUT)
+    assert run.end() == 137, run.output
+    assert "dying with a result in hand" in run.output
+    assert run.lines_of("worker-1")[-1].endswith("pictures served")
+    assert "frames are back in the pool, and no Ref is alive" in run.output
+
+
+def test_interrupted_demonstration_leaves_nothing_behind(start, tmp_path):
+    run = start("--", "--out", str(tmp_path))
+    run.wait_for("all hosts are attached")
+    run.signal(signal.SIGINT)
+    assert run.end() == 130, run.output
     assert "frames are back in the pool, and no Ref is alive" in run.output
 
 

@@ -25,11 +25,11 @@ from dmrpc_cxl.errors import (
     DeadlineExceeded,
     ForkedError,
     MisuseError,
-    PeerGone,
+    PeerLost,
     RemoteProtocolError,
     RingClosed,
 )
-from tests.rings import attach, frame, in_program, pair, receive
+from tests.rings import attach, ended, forked, frame, in_program, pair, receive
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 TO_CLIENT, TO_SERVER, DATA = 512, 1024, 4096
@@ -213,7 +213,7 @@ def test_a_blocked_send_ends_when_the_peers_socket_does() -> None:
     mine, its = socket.socketpair()
     server.set_peer_fd(mine.fileno())
     its.close()
-    with pytest.raises(PeerGone, match="64 of 100 bytes had gone out"):
+    with pytest.raises(PeerLost, match="64 of 100 bytes had gone out"):
         server.send(frame(100))
     server.close()
     mine.close()
@@ -494,15 +494,13 @@ def test_closing_brings_back_who_waits_and_who_sends() -> None:
 
 def use_after_fork() -> None:
     server, _client = pair()
-    pid = os.fork()
-    if pid == 0:
-        try:
+
+    def child() -> None:
+        with pytest.raises(ForkedError):
             server.send(frame(40))
-        except ForkedError:
-            server.close()
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(pid, 0)[1] == 0
+        server.close()
+
+    ended(forked(child))
     server.send(frame(40))
 
 
