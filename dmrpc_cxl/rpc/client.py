@@ -299,7 +299,8 @@ class Connection:
         while self.pending:
             with contextlib.suppress(KeyError):
                 _, pending = self.pending.popitem()
-                self.settle(pending, None, self.lost)
+                # One for each: raised, it holds the frames of its call, and ours lives as long as the connection.
+                self.settle(pending, None, type(self.lost)(str(self.lost)))
 
 
 def _only(values: Any) -> Any:
