@@ -53,6 +53,7 @@ log = logging.getLogger("dmrpc.rpc")
 
 MAX_BACKLOG_BYTES = 256 << 20
 MAX_DELIVERED = 4096  # replies with Refs remembered for each client
+MAX_HANDSHAKES = 256
 KICK = -1
 
 
@@ -514,8 +515,8 @@ class Forwarder:
                 log.warning("%s: cannot accept: %s", self.name, error)
             return
         handshake = Handshake(sock, kind)
-        if len(self._peers) + len(self._handshakes) >= self._max_connections:
-            handshake.refuse(Code.OVERLOADED, Overloaded(f"{self.name} has too many connections"))
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            handshake.channel.close()
             return
         self._handshakes[sock.fileno()] = handshake
         self._watch(sock.fileno())
@@ -531,6 +532,10 @@ class Forwarder:
                 handshake.refuse(
                     Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here")
                 )
+                return
+            if len(self._peers) - len(self._backends) >= self._max_connections:
+                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
+                handshake.refuse(Code.OVERLOADED, full)
                 return
             assert self._welcome is not None
             self._add(_Client(handshake.welcome(self._welcome, self._ring_bytes), next(self._keys)))
