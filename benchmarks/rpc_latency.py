@@ -15,9 +15,20 @@ from typing import Any
 import dmrpc_cxl
 
 from .machine import bar, median
-from .rpc_stage import PLACES, Block, Load, Sample, alternate, client_of, prepare, ratios, serve
+from .rpc_stage import (
+    PLACES,
+    Block,
+    Load,
+    Sample,
+    alternate,
+    client_of,
+    prepare,
+    ratios,
+    serve,
+    stage,
+    walls,
+)
 from .rpc_stage import cpus as cpus_of
-from .rpc_stage import stage, walls
 
 ROUNDS = 7
 CALLS = 1000

@@ -42,7 +42,9 @@ def _worst(on: Stage, source: str, transport: str, where: str) -> dict[str, Any]
         }
         if not worst or ratio["median"] > worst["median"]:
             worst = ratio
-        name = f"{size}" if size < 1024 else f"{size >> 10}k" if size < 1 << 20 else f"{size >> 20}M"
+        name = (
+            f"{size}" if size < 1024 else f"{size >> 10}k" if size < 1 << 20 else f"{size >> 20}M"
+        )
         figures[name] = "/".join(f"{median(one) / 1e3:.0f}" for one in (auto, value, ref))
     return bar(
         f'transfer="auto" against the better of "value" and "ref", {source}, '

@@ -20,6 +20,7 @@ from dmrpc_cxl.errors import DmError
 from .connection import TimeLimits
 from .ledger import Policy
 from .listening import parse_address
+from .scrubber import Pace
 from .server import Server, Settings, raise_descriptor_limit
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -76,6 +77,14 @@ def _seconds(name: str, default: float, text: str) -> Callable[[_F], _F]:
 @_seconds("--recall-timeout", 1.0, "Longest wait for frames that other hosts are asked for, s.")
 @_seconds("--hello-timeout", TimeLimits.hello, "Longest wait for an introduction, s.")
 @_number("--max-connections", 4096, "Most connections at a time.")
+@_seconds("--scrub-interval", Pace.interval, "Between looks at all frames, s; 0: none.")
+@click.option(
+    "--scrub-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=Pace.share,
+    show_default=True,
+    help="Most that such a look takes of one CPU.",
+)
 def main(
     fabric: str,
     socket: str | None,
@@ -91,6 +100,8 @@ def main(
     recall_timeout: float,
     hello_timeout: float,
     max_connections: int,
+    scrub_interval: float,
+    scrub_share: float,
 ) -> None:
     """Run the coordinator of FABRIC, which hands out the device's free frames to hosts."""
     if ready_fd is not None:
@@ -113,6 +124,7 @@ def main(
             limits=TimeLimits(hello=hello_timeout),
             recall_seconds=recall_timeout,
             max_connections=max_connections,
+            pace=Pace(interval=scrub_interval, share=scrub_share),
         )
         raise_descriptor_limit()
         asyncio.run(run(settings, ready_fd))

@@ -19,18 +19,19 @@ import dataclasses
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from typing import Any
 
 from dmrpc_cxl._native import LAYOUT, Device
 from dmrpc_cxl.errors import DmError, HostFenced, RemoteProtocolError
 
 from .connection import Connection
+from .directory import Directory
 from .frames import Frames
 from .ledger import HostAccount, Ledger
 from .messages import MsgType, Register, Registered, Rejoin, Status
-from .names import Names
 from .processes import Process
 from .refusals import Refused
 from .waits import Changes
@@ -93,7 +94,7 @@ class Hosts:
         device: Device,
         ledger: Ledger,
         frames: Frames,
-        names: Names,
+        directory: Directory,
         changes: Changes,
         threads: Executor,
     ) -> None:
@@ -101,10 +102,11 @@ class Hosts:
         self.epoch = 0
         self.reclaims: deque[Reclaim] = deque(maxlen=32)
         self.nr_reclaims = 0
+        self.when_reclaimed: Callable[[], None] = lambda: None
         self._device = device
         self._ledger = ledger
         self._frames = frames
-        self._names = names
+        self._directory = directory
         self._changes = changes
         self._threads = threads
         self._loop = asyncio.get_running_loop()
@@ -133,6 +135,12 @@ class Hosts:
             return 0
         async with self._reclaim:
             return await self._frames.look_for_lost()
+
+    @asynccontextmanager
+    async def unchanging(self) -> AsyncIterator[None]:
+        """Admit and reclaim nobody for a while."""
+        async with self._admission, self._reclaim:
+            yield
 
     @property
     def nr_active(self) -> int:
@@ -172,6 +180,9 @@ class Hosts:
             else:
                 self._watch(host)
                 log.info("%s is alive and may rejoin", host)
+        self._directory.restore(
+            {host.account.host: host.account.incarnation for host in self if host.process}
+        )
         for host in dead:
             await self._retire(host, "was gone when the coordinator started")
 
@@ -337,7 +348,7 @@ class Hosts:
         for state in (ACTIVE, DRAINING):
             self._device.set_host_state(account.host, state, DEAD)
         self._ledger.bury(account.host)
-        self._names.forget_host(account.host)
+        self._directory.forget_host(account.host)
         self._gone_tokens.append(account.incarnation)
         host.retirement = self._loop.create_task(self._take_everything(host, why))
         self._changes.announce()
@@ -369,6 +380,7 @@ class Hosts:
                      host, why, found, seconds * 1e3)  # fmt: skip
         finally:
             host.retirement = None
+            self.when_reclaimed()
             self._lingering.add(host)
             self._let_go(host)
             self._changes.announce()

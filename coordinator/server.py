@@ -26,11 +26,13 @@ from dmrpc_cxl.fabric.liveness import is_alive, start_time
 from dmrpc_cxl.fabric.topology import make_runtime_dir, socket_path
 
 from .connection import Connection, TimeLimits
+from .directory import Directory
 from .frames import POOL, Frames
 from .hosts import Hosts
 from .ledger import Ledger, Policy
 from .listening import UnixListener, listen_tcp
 from .names import Names
+from .scrubber import Pace, Scrubber
 from .service import Parts, Service
 from .supply import Supply
 from .waits import Changes
@@ -59,6 +61,8 @@ class Settings:
     limits: TimeLimits = field(default_factory=TimeLimits)
     recall_seconds: float = 1.0
     max_connections: int = 4096
+    pace: Pace = field(default_factory=Pace)
+    """Of the scrubber."""
 
 
 class LockedDevice:
@@ -165,14 +169,16 @@ class Server:
         nr_frames: int = superblock["nr_frames"]
         self._threads = ThreadPoolExecutor(THREADS, "coordinator")
         changes = Changes()
-        names = Names()
+        directory = Directory(device, Names())
         ledger = Ledger.from_device(
             nr_frames, superblock["max_hosts"], device.free_runs(POOL), settings.policy
         )
         frames = Frames(device, ledger, self._threads)
-        self._hosts = Hosts(device, ledger, frames, names, changes, self._threads)
+        self._hosts = Hosts(device, ledger, frames, directory, changes, self._threads)
         supply = Supply(device, ledger, frames, self._hosts, changes, settings.recall_seconds)
-        parts = Parts(device, ledger, names, self._hosts, supply, changes)
+        self._scrubber = Scrubber(device, self._hosts, self._threads, settings.pace)
+        self._hosts.when_reclaimed = self._scrubber.hurry
+        parts = Parts(device, ledger, directory, self._hosts, supply, changes, self._scrubber)
         self._changes = changes
         self._service = Service(parts, self.stop)
 
@@ -199,6 +205,7 @@ class Server:
             for listener in self._listeners:
                 listener.setblocking(False)
                 accepting.append(self._loop.create_task(self._accept(listener)))
+            accepting.append(self._loop.create_task(self._scrubber.run()))
             log.info("serving fabric %s, epoch %d, %s", self._settings.fabric, epoch, self.where)
             ready(self)
             await self._stop.wait()

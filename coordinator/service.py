@@ -14,12 +14,14 @@ from dmrpc_cxl._native import LAYOUT, Device
 from dmrpc_cxl.errors import RemoteProtocolError
 
 from .connection import Connection
+from .directory import Directory
 from .hosts import Hosts
 from .ledger import Ledger, Run
 from .messages import Grant, Hello, HelloReply, MsgType, Register, Registered, Rejoin, Status
-from .names import Names, check_name
+from .names import check_name
 from .protocol import NEEDS_HOST, Request
 from .refusals import Refused
+from .scrubber import Scrubber
 from .supply import Supply
 from .waits import Changes
 
@@ -41,10 +43,11 @@ class Parts:
 
     device: Device
     ledger: Ledger
-    names: Names
+    directory: Directory
     hosts: Hosts
     supply: Supply
     changes: Changes
+    scrubber: Scrubber
 
 
 class Service:
@@ -79,6 +82,7 @@ class Service:
             MsgType.HOSTS: self._list_hosts,
             MsgType.SHUTDOWN: self._shutdown,
             MsgType.WAIT: self._wait,
+            MsgType.CHECK: self._check,
         }
 
     async def answer(self, connection: Connection, request: Request) -> Any:
@@ -127,28 +131,33 @@ class Service:
 
     async def _publish(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         name, endpoint = check_name(ask.get("name")), ask.get("endpoint")
-        if endpoint is None or len(json.dumps(endpoint)) > MAX_ENDPOINT_BYTES:
+        if (
+            endpoint is None
+            or len(json.dumps(endpoint, separators=(",", ":"))) > MAX_ENDPOINT_BYTES
+        ):
             raise RemoteProtocolError(
                 f"an endpoint is a JSON value of at most {MAX_ENDPOINT_BYTES} bytes"
             )
         host = self._parts.hosts.of(connection)
-        self._parts.names.publish(name, endpoint, host.account.host)
+        self._parts.directory.publish(name, endpoint, host.account.host, host.account.incarnation)
         self._parts.changes.announce()
         return {}
 
     async def _withdraw(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         host = self._parts.hosts.of(connection)
-        self._parts.names.withdraw(check_name(ask.get("name")), host.account.host)
+        self._parts.directory.withdraw(check_name(ask.get("name")), host.account.host)
         return {}
 
     async def _lookup(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
-        return self._parts.names.lookup(check_name(ask.get("name"))).as_json()
+        return self._parts.directory.lookup(check_name(ask.get("name"))).as_json()
 
     async def _list(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         prefix = ask.get("prefix", "")
         if not isinstance(prefix, str):
             raise RemoteProtocolError("LIST: prefix is text")
-        return {"services": [found.as_json() for found in self._parts.names.with_prefix(prefix)]}
+        return {
+            "services": [found.as_json() for found in self._parts.directory.with_prefix(prefix)]
+        }
 
     async def _wait(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         seconds = ask.get("timeout", DEFAULT_WAIT_SECONDS)
@@ -174,7 +183,7 @@ class Service:
             return lambda: self._parts.hosts.nr_active >= wanted
         if hosts is None:
             service = check_name(name)
-            return lambda: service in self._parts.names
+            return lambda: service in self._parts.directory
         raise RemoteProtocolError("WAIT: either a number of hosts, or the name of a service")
 
     # ---------------------------------------------------------------- looking in from outside
@@ -215,8 +224,17 @@ class Service:
             "hosts": self._host_rows(),
             "nr_reclaims": hosts.nr_reclaims,
             "reclaims": [asdict(reclaim) for reclaim in hosts.reclaims],
-            "names": [service.as_json() for service in self._parts.names],
+            "scrubber": self._parts.scrubber.as_json(),
+            "names": [service.as_json() for service in self._parts.directory.with_prefix()],
         }
+
+    async def _check(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        seconds, repair = ask.get("timeout", 1.0), ask.get("repair", False)
+        if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
+            raise RemoteProtocolError(f"CHECK: timeout is 0 to {MAX_WAIT_SECONDS:.0f} seconds")
+        if type(repair) is not bool:
+            raise RemoteProtocolError("CHECK: repair is true or false")
+        return await self._parts.scrubber.check(repair=repair, seconds=seconds)
 
     async def _shutdown(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         self._stop()

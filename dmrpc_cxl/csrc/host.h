@@ -149,6 +149,19 @@ struct dm_host {
     _Atomic bool fenced;
 };
 
+/* The host lock was taken, or is about to be given back: others can see whether an operation is under way (layout.h,
+ * `activity`). On the stores' order depends who may conclude what: odd before anything changes, even after all has. */
+static inline void dm_enter(struct dm_host *h) {
+    if (!h->entry)
+        return;
+    __atomic_store_n(&h->entry->activity, h->entry->activity + 1, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+}
+static inline void dm_exit(struct dm_host *h) {
+    if (h->entry)
+        __atomic_store_n(&h->entry->activity, h->entry->activity + 1, __ATOMIC_RELEASE);
+}
+
 #define DM_COUNT(h, name, n) ((h)->entry->counters[DM_CNT_##name] += (n))
 
 static inline uint32_t dm_page_of(const struct dm_host *h, uint64_t addr) {

@@ -362,6 +362,9 @@ int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *ou
     if (__atomic_load_n(&r.entry->state, __ATOMIC_ACQUIRE) == DM_HOST_FREE)
         return DM_OK;
     out->intent = r.intent->op;
+    if (out->intent !=
+        DM_INTENT_NONE) /* for `dmrpc fsck`: since which operation something is wrong */
+        __atomic_store_n(&r.intent->died_in, out->intent, __ATOMIC_RELAXED);
     settle_intent(&r);
     if (!r.no_memory)
         drop_held_refs(&r);

@@ -22,6 +22,7 @@ uint32_t dm_unpromised(const struct dm_host *h) {
 static int request(struct dm_host *h, struct dm_link *l, uint16_t type, const void *payload,
                    uint32_t length, void *reply, uint32_t reply_max, uint32_t *reply_length,
                    struct dm_error *e) {
+    dm_exit(h);
     pthread_mutex_unlock(&h->lock);
     bool shared = l == &h->link;
     if (shared)
@@ -31,6 +32,7 @@ static int request(struct dm_host *h, struct dm_link *l, uint16_t type, const vo
     if (shared)
         pthread_mutex_unlock(&h->link_lock);
     pthread_mutex_lock(&h->lock);
+    dm_enter(h);
     DM_COUNT(h, coordinator_round_trips, 1);
     return s;
 }
