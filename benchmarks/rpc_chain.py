@@ -69,7 +69,7 @@ def _hops(on: Stage, names: list[str], source: str, where: str) -> dict[str, Any
 
 
 def hops() -> list[dict[str, Any]]:
-    """What each further call of a chain costs, at 4 KiB and at 4 MiB."""
+    """Compare what each further call of a chain costs at 4 KiB and at 4 MiB."""
     lines = []
     with stage() as on:
         names = on.chain("", LENGTH)

@@ -69,7 +69,7 @@ def _serve_grpc(host: dmrpc_cxl.Host, address: str) -> str:
     def empty(request: bytes, context: object) -> bytes:
         return b""
 
-    handlers = {"empty": grpc.unary_unary_rpc_method_handler(empty)}
+    handlers: dict[str, Any] = {"empty": grpc.unary_unary_rpc_method_handler(empty)}
     server = grpc.server(ThreadPoolExecutor(8))
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("bench.Worker", handlers)]
