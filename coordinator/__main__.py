@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dmrpc_cxl.errors import DmError
+from dmrpc_cxl.errors import CoordinatorReplaced, DmError
 
 from .connection import TimeLimits
 from .ledger import Policy
@@ -50,6 +50,8 @@ async def run(settings: Settings, ready_fd: int | None) -> None:
                 stream.write(f"ready pid={os.getpid()} {server.where}\n")
 
     await server.serve(ready)
+    if server.replaced:
+        raise CoordinatorReplaced("another coordinator has taken over")
 
 
 def _number(name: str, default: int, text: str, least: int = 1) -> Callable[[_F], _F]:
@@ -67,6 +69,11 @@ def _seconds(name: str, default: float, text: str) -> Callable[[_F], _F]:
 @click.option("--socket", metavar="PATH", help="Unix socket [default: in the runtime directory].")
 @click.option("--tcp", metavar="HOST:PORT", help="Listen on TCP as well; port 0: any free one.")
 @click.option("--tcp-anywhere", is_flag=True, help="Allow --tcp addresses that others can reach.")
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Replace a coordinator that serves the fabric; it stops as soon as it notices.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--ready-fd", type=int, help="Descriptor that gets a line when the fabric is served.")
 @_number("--batch", Policy.batch, "Frames handed out at once.")
@@ -90,6 +97,7 @@ def main(
     socket: str | None,
     tcp: str | None,
     tcp_anywhere: bool,
+    take_over: bool,
     log_level: str,
     ready_fd: int | None,
     batch: int,
@@ -120,6 +128,7 @@ def main(
             socket=socket,
             tcp=parse_address(tcp) if tcp else None,
             tcp_anywhere=tcp_anywhere,
+            take_over=take_over,
             policy=Policy(batch, low, high, batch_max, frame_limit),
             limits=TimeLimits(hello=hello_timeout),
             recall_seconds=recall_timeout,

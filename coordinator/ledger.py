@@ -148,10 +148,10 @@ class Ledger:
         raise NoHostSlot(f"all {self.max_hosts} host slots of the device are taken")
 
     def readmit(
-        self, host: int, incarnation: int, name: str, alive: bool, free: int
+        self, host: int, incarnation: int, name: str, alive: bool, owned: int
     ) -> HostAccount:
-        """Enter a host that an earlier coordinator left in the device, with `free` free frames."""
-        account = HostAccount(host, incarnation, name, self.negotiate(), alive, charged=free)
+        """Enter a host that an earlier coordinator left in the device, and whose `owned` frames are."""
+        account = HostAccount(host, incarnation, name, self.negotiate(), alive, charged=owned)
         self.hosts[host] = account
         return account
 

@@ -53,13 +53,18 @@ class Parts:
 class Service:
     """The requests of one fabric."""
 
-    def __init__(self, parts: Parts, stop: Callable[[], None]) -> None:
-        """Answer from these parts; `stop` ends the coordinator."""
+    def __init__(
+        self, parts: Parts, stop: Callable[[], None], give_way: Callable[[], None]
+    ) -> None:
+        """Answer from these parts; `stop` ends the coordinator, `give_way` does if another took over."""
         self.epoch = 0
+        self.recovery_s = 0.0
+        """From the start of the process's work to the first request: what a restart costs."""
         self.stopping = False
         self.requests: Counter[str] = Counter()
         self._parts = parts
         self._stop = stop
+        self._give_way = give_way
         superblock = parts.device.superblock
         self._fabric_id: int = superblock["fabric_id"]
         self._fabric: str = superblock["name"]
@@ -92,6 +97,9 @@ class Service:
             DmError: the request is refused; refusals.status_of says how.
         """
         self.requests[request.type.name] += 1
+        if self._parts.device.epoch != self.epoch:  # what we know may be wrong by now
+            self._give_way()
+            self.stopping = True
         if self.stopping:
             # Hosts take a refusal for the last word, but wait for the next coordinator when this
             # one hangs up.
@@ -211,6 +219,7 @@ class Service:
             "fabric": self._fabric,
             "epoch": self.epoch,
             "uptime_s": asyncio.get_running_loop().time() - self._started,
+            "recovery_s": self.recovery_s,
             "page_size": self._page_size,
             "pool": {
                 "nr_frames": ledger.nr_frames,

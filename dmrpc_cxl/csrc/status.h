@@ -43,6 +43,8 @@ enum dm_status {
     DM_ERR_REPLACED = -66,  /* another coordinator has taken over from the caller */
     /* not an error: run again without the GIL */
     DM_AGAIN_BLOCKING = -90,
+    /* not an error: the request may have been carried out before its answer was lost (-91 is DM_REF_BUSY) */
+    DM_AGAIN_LOOK = -92,
 };
 
 /* Filled in by the function that fails; lives on the caller's stack. */

@@ -80,13 +80,18 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
     struct dm_run runs[DM_WIRE_MAX_RUNS];
     uint32_t length = 0, free_before = h->free.nr_free;
     struct dm_msg_grant grant = {.want = need > h->batch ? need : h->batch, .min_run = min_run};
-    int s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
-    if (h->closed)
-        return dm_fail(e, DM_ERR_CLOSED, "host detached while it waited for frames");
-    if (l->reopened) { /* an answer may have been lost with the connection before */
-        l->reopened = false;
-        dm_rescan_owned(h);
-    }
+    int s;
+    do {
+        s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
+        if (h->closed)
+            return dm_fail(e, DM_ERR_CLOSED, "host detached while it waited for frames");
+        if (l->reopened) { /* an answer may have been lost with the connection before */
+            l->reopened = false;
+            dm_rescan_owned(h);
+        }
+        if (s == DM_AGAIN_LOOK && h->free.nr_free >= free_before + need)
+            return DM_OK; /* it was: not granted twice */
+    } while (s == DM_AGAIN_LOOK);
     if (s == DM_OK) {
         add_granted(h, runs, length / sizeof runs[0]);
     } else if (s == DM_ERR_COORDINATOR_REFUSED &&
