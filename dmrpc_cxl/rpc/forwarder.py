@@ -5,7 +5,10 @@ A Ref in a call stays its sender's until the backend accepts it, so a forwarder 
 can no longer be delivered is handed back to its backend with DISCARD, which drops its Refs.
 
 One thread does everything and never waits for one peer: what a connection does not take at once is kept for it, up to a
-limit, after which it is closed.
+limit, after which it is closed. A second one exists while a backend is missing, and tries to connect to it.
+
+Whether a client took the Refs of a reply, a forwarder cannot know. It remembers the replies with Refs that it passed on last:
+so a client's DISCARD, or its end, reaches the backend that holds them. Of Refs taken the backend knows, and lets them be.
 
 Paper: VI-B (application-layer load balancer).
 """
@@ -24,7 +27,9 @@ from collections.abc import Sequence
 from .._native import WaitSet
 from ..errors import (
     AccessDenied,
+    DeadlineExceeded,
     DmError,
+    ForkedError,
     InterfaceMismatch,
     Overloaded,
     PeerError,
@@ -38,6 +43,7 @@ from . import endpoint, frames
 from .channel import Channel, Parts, RingChannel
 from .client import Backoff
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
+from .forks import not_for_children, release
 from .frames import Code, Frame, Kind, Welcome
 
 __all__ = ["Forwarder"]
@@ -45,6 +51,7 @@ __all__ = ["Forwarder"]
 log = logging.getLogger("dmrpc.rpc")
 
 MAX_BACKLOG_BYTES = 256 << 20
+MAX_DELIVERED = 4096  # replies with Refs remembered for each client
 KICK = -1
 
 
@@ -64,6 +71,7 @@ class _Client(_Peer):
         super().__init__(channel, key)
         self.last_id = 0
         self.calls: dict[int, tuple[_Backend, int]] = {}  # its id -> backend, id there
+        self.delivered: dict[int, tuple[_Backend, int]] = {}  # the same, of replies with Refs
 
 
 class _Backend(_Peer):
@@ -72,7 +80,6 @@ class _Backend(_Peer):
         self.name = name
         self.ids = itertools.count(1)
         self.calls: dict[int, tuple[_Client, int]] = {}  # id there -> client, its id
-        self.leaving = False
 
 
 class Forwarder:
@@ -127,38 +134,64 @@ class Forwarder:
         self._peers: dict[int, _Client | _Backend] = {}
         self._backends: dict[str, _Backend] = {}
         self._again: dict[str, tuple[Backoff, float]] = {}  # backends to try again, and when
+        self._found: collections.deque[tuple[str, Channel, Welcome]] = collections.deque()
+        self._seeker: threading.Thread | None = None
+        self._seek_lock = threading.Lock()  # over _again and _seeker
+        self._enough = threading.Event()  # no more seeking
+        self._published = False
+        self._forked = False
         self._controls: dict[int, _Client | _Backend] = {}
         self._handshakes: dict[int, Handshake] = {}
         self._stopping = False
         self._welcome: Welcome | None = None
         self._waits = WaitSet()
         self._fds: dict[int, int] = {}  # key in the wait set -> descriptor
-        failure: DmError | None = None
-        for backend in self._names:
-            try:
-                self._connect(backend)
-            except (PeerLost, ServiceNotFound) as error:
-                failure = error
-                self._again[backend] = (Backoff(), time.monotonic())
-        if not self._backends:
-            self._waits.close()
-            assert failure is not None
-            raise failure
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
-        unix, ring_name = listen_unix(host.fabric)
-        self._listen(unix, "ring")
-        address = None
-        if tcp is not None:
-            sock, address = listen_tcp(*((tcp, 0) if isinstance(tcp, str) else tcp))
-            self._listen(sock, "tcp")
-        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+        try:
+            self._begin(tcp)
+        except BaseException:
+            self._end()
+            raise
         self._thread = threading.Thread(target=self._run, name=f"{name}-forwarder", daemon=True)
         self._thread.start()
+        if self._again:
+            self._seek()
         try:
             host.publish(name, self.endpoint)
+            self._published = True
         except BaseException:
             self.stop()
             raise
+        not_for_children(self)
+        ends = getattr(host, "_ends", None)  # what a host that detaches stops
+        if ends is not None:
+            ends.add(self)
+
+    def _begin(self, tcp: str | tuple[str, int] | None) -> None:
+        failure: DmError | None = None
+        for name in self._names:
+            try:
+                self._add_backend(
+                    name,
+                    *endpoint.connect(self.host, name, self._transport, self._connect_timeout),
+                )
+            except (PeerLost, ServiceNotFound, DeadlineExceeded) as error:
+                failure = error
+                self._again[name] = (Backoff(), time.monotonic())
+        if not self._backends:
+            assert failure is not None
+            raise failure
+        unix, ring_name = listen_unix(self.host.fabric)
+        self._listen(unix, "ring")
+        address = None
+        if tcp is not None:
+            where = (tcp, 0) if isinstance(tcp, str) else tcp
+            try:
+                sock, address = listen_tcp(*where)
+            except OSError as error:
+                raise PeerError(f"cannot listen on {where}: {error}") from error
+            self._listen(sock, "tcp")
+        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
 
     def __enter__(self) -> Forwarder:
         return self
@@ -195,8 +228,7 @@ class Forwarder:
         else:
             self._waits.add_fd(channel.fileno(), peer.key, True)
 
-    def _connect(self, name: str) -> None:
-        channel, welcome = endpoint.connect(self.host, name, self._transport, self._connect_timeout)
+    def _add_backend(self, name: str, channel: Channel, welcome: Welcome) -> None:
         mine = self._welcome
         if mine is not None and mine.methods != welcome.methods:
             channel.close()
@@ -224,57 +256,98 @@ class Forwarder:
         if isinstance(peer, _Backend):
             self._lose_backend(peer, why)
         else:
-            for backend, there in peer.calls.values():
-                # Its reply finds nobody and is discarded then; the backend need not go on.
-                if not backend.closed:
-                    self._send(backend, (frames.short(Kind.CANCEL, there),))
-            peer.calls.clear()
+            # A reply to such a call finds nobody and is discarded then; the backend need not go on.
+            calls, peer.calls = peer.calls, {}
+            for backend, there in list(calls.values()):
+                self._send(backend, (frames.short(Kind.CANCEL, there),))
+            for backend, there in list(peer.delivered.values()):
+                self._send(backend, (frames.short(Kind.DISCARD, there),))
+            peer.delivered.clear()
         channel.close()
 
     def _lose_backend(self, backend: _Backend, why: str) -> None:
-        if self._backends.get(backend.name) is backend:
-            del self._backends[backend.name]
-            self._again[backend.name] = (Backoff(), time.monotonic())
+        self._leave_out(backend)
         error = PeerLost(f"{self.name}: backend {backend.name}: {why}")
         self._nr_outstanding -= len(backend.calls)
-        for client, call_id in backend.calls.values():
+        calls, backend.calls = backend.calls, {}
+        for client, call_id in calls.values():
             if client.calls.pop(call_id, None) is not None and not client.closed:
                 self._send(client, (error_frame(call_id, Code.PEER, error),))
-        backend.calls.clear()
 
-    def _reconnect(self) -> None:
-        now = time.monotonic()
-        for name, (backoff, when) in list(self._again.items()):
-            if now < when:
-                continue
+    def _leave_out(self, backend: _Backend) -> None:
+        """Give a backend no more calls, and look for its successor."""
+        if self._backends.get(backend.name) is backend:
+            del self._backends[backend.name]
+            with self._seek_lock:
+                self._again[backend.name] = (Backoff(), time.monotonic())
+            self._seek()
+
+    def _seek(self) -> None:
+        """Have missing backends looked for by a thread that may wait."""
+        with self._seek_lock:
+            if self._seeker is None and not self._stopping:
+                self._seeker = threading.Thread(
+                    target=self._look_for_backends, name=f"{self.name}-seeker", daemon=True
+                )
+                self._seeker.start()
+
+    def _look_for_backends(self) -> None:
+        while not self._enough.is_set():
+            with self._seek_lock:
+                missing = list(self._again.items())
+                if not missing:
+                    self._seeker = None
+                    return
+            name, (backoff, when) = min(missing, key=lambda item: item[1][1])
+            if self._enough.wait(max(0.0, when - time.monotonic())):
+                return
             try:
-                self._connect(name)
-                del self._again[name]
-            except DmError as error:
+                found = endpoint.connect(self.host, name, self._transport, self._connect_timeout)
+            except Exception as error:
                 log.debug("%s: backend %s: %s", self.name, name, error)
-                self._again[name] = (backoff, now + backoff.pause())
+                with self._seek_lock:
+                    self._again[name] = (backoff, time.monotonic() + backoff.pause())
+                continue
+            with self._seek_lock:
+                del self._again[name]
+            self._found.append((name, *found))
+            with contextlib.suppress(ValueError):
+                self._waits.kick(1)
+
+    def _take_found(self) -> None:
+        while self._found:
+            name, channel, welcome = self._found.popleft()
+            try:
+                self._add_backend(name, channel, welcome)
+            except DmError as error:  # other methods: perhaps the next one of that name
+                log.warning("%s: backend %s: %s", self.name, name, error)
+                with self._seek_lock:
+                    backoff = Backoff()
+                    self._again[name] = (backoff, time.monotonic() + 1.0)
+                self._seek()
 
     # ------------------------------------------------------------ the loop
 
     def _run(self) -> None:
         while not self._stopping:
-            timeout = None
-            if self._again or self._handshakes:
-                timeout = 0.05
+            timeout = 0.05 if self._handshakes else None
             try:
                 key = self._waits.wait(timeout)
             except ValueError:
                 return
             try:
                 self._event(key)
-                if self._again:
-                    self._reconnect()
+                if self._found:
+                    self._take_found()
                 if self._handshakes:
                     self._expire()
             except Exception:
                 if self._stopping:
                     return
                 log.exception("%s: the forwarder stumbled", self.name)
+                peer = self._peers.get(key) if key is not None else None
+                if peer is not None:  # nobody would be told of it again
+                    self._close(peer, "the forwarder stumbled")
 
     def _event(self, key: int | None) -> None:
         if key is None or key == KICK:
@@ -328,6 +401,8 @@ class Forwarder:
             self._forward(client, frame)
         elif frame.kind in (Kind.CANCEL, Kind.DISCARD):
             found = client.calls.get(call_id)
+            if found is None and frame.kind == Kind.DISCARD:
+                found = client.delivered.pop(call_id, None)
             if found is not None:
                 self._send(found[0], (frames.short(frame.kind, found[1]),))
         else:
@@ -355,7 +430,7 @@ class Forwarder:
         self.forwarded_to[backend.name] += 1
 
     def _least_loaded(self) -> _Backend | None:
-        backends = [backend for backend in self._backends.values() if not backend.leaving]
+        backends = list(self._backends.values())
         if len(backends) < 2:
             return backends[0] if backends else None
         first = next(self._turn) % len(backends)
@@ -372,12 +447,16 @@ class Forwarder:
             if not client.closed:
                 frames.readdress(frame, call_id)
                 self.bytes_forwarded += len(frame.data)
+                if frame.nr_refs:
+                    client.delivered[call_id] = (backend, there)
+                    if len(client.delivered) > MAX_DELIVERED:
+                        del client.delivered[next(iter(client.delivered))]
                 if self._send(client, (frame.data,)):
                     return
             if frame.nr_refs:
                 self._send(backend, (frames.short(Kind.DISCARD, there),))
         elif frame.kind == Kind.GOAWAY:
-            backend.leaving = True
+            self._leave_out(backend)  # its calls go on; its successor may be there already
         else:
             raise RemoteProtocolError(f"a server does not send frames of kind {frame.kind}")
 
@@ -465,22 +544,46 @@ class Forwarder:
 
     def stop(self) -> None:
         """Withdraw the name and end every connection; calls under way fail with PeerLost. Idempotent."""
-        if self._stopping:
-            return
-        with contextlib.suppress(DmError):
-            self.host.withdraw(self.name)
-        self._stopping = True
+        if self._forked:
+            raise ForkedError(f"{self.name} is served by the parent of this forked child")
+        with self._seek_lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            seeker = self._seeker
+        if self._published:
+            with contextlib.suppress(DmError):
+                self.host.withdraw(self.name)
+        self._enough.set()
         self._waits.kick(1)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(5)
+        me = threading.current_thread()
+        for thread in (self._thread, seeker):
+            if thread is not None and thread is not me:
+                thread.join(self._connect_timeout + 1.0)
+        self._end()
+
+    def _end(self) -> None:
         error = ServiceStopping("stopped")
         for peer in list(self._peers.values()):
             self._close(peer, str(error))
+        while self._found:
+            self._found.popleft()[1].close()
         for sock, _ in self._listeners.values():
             sock.close()
         for handshake in self._handshakes.values():
             handshake.channel.close()
         self._waits.close()
+
+    def _after_fork(self) -> None:
+        """In a child: let go of descriptors, or peers would not notice when the parent ends."""
+        self._forked = self._stopping = True
+        for sock, _ in self._listeners.values():
+            sock.close()
+        for handshake in list(self._handshakes.values()):
+            handshake.channel.socket.close()
+        for peer in list(self._peers.values()):
+            peer.closed = True
+            release(peer.channel)
 
     def wait(self) -> None:
         """Wait until the forwarder is stopped by another thread or a signal handler."""
