@@ -14,6 +14,7 @@ from ..host import Host as MemoryHost
 from . import objects
 from .client import Client, ClientInterceptor, Link, Options
 from .endpoint import RING_BYTES, Transport
+from .forwarder import Forwarder
 from .frames import MAX_FRAME_BYTES
 from .interface import Interface
 from .marshal import Marshaller, Serializer, Transfer
@@ -31,7 +32,7 @@ class Host(MemoryHost):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._threshold: int | None = None
-        self._ends: weakref.WeakSet[Server | Client] = weakref.WeakSet()
+        self._ends: weakref.WeakSet[Server | Client | Forwarder] = weakref.WeakSet()
 
     @property
     def threshold(self) -> int:
@@ -180,8 +181,8 @@ class Host(MemoryHost):
         if not self.detached:
             for end in list(self._ends):
                 with contextlib.suppress(MisuseError):
-                    if isinstance(end, Server):
-                        end.stop()
-                    else:
+                    if isinstance(end, Client):
                         end.close()
+                    else:
+                        end.stop()
         super().detach()

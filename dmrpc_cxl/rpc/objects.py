@@ -36,9 +36,9 @@ def put(host: Host, value: Any) -> Ref:
     outside: list[pickle.PickleBuffer] = []
     try:
         raw = pickle.dumps(value, 5, buffer_callback=outside.append)
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+        views = [buffer.raw() for buffer in outside]
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, BufferError) as error:
         raise CannotSend(f"this object cannot be pickled: {error}") from error
-    views = [buffer.raw() for buffer in outside]
     table = HEAD.size + LENGTH.size * len(views)
     places, size = [], table + len(raw)
     for view in views:
