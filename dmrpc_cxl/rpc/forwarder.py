@@ -33,12 +33,13 @@ from ..errors import (
     PeerError,
     PeerLost,
     RemoteProtocolError,
+    ServiceExists,
     ServiceNotFound,
 )
 from ..host import Host
 from . import endpoint, frames
 from .channel import Channel, RingChannel, TcpChannel
-from .client import Backoff
+from .client import Backoff, Client
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
 from .forks import not_for_children, release
 from .frames import Code, Welcome
@@ -57,6 +58,13 @@ class _Peer:
         self.channel = channel
         self.key = key
         self.backend = backend  # its name; None: a client
+
+
+def published_once(host: Host, name: str) -> None:
+    """Raise ServiceExists if this host itself publishes that name: it might, for the name service, do so again."""
+    for end in list(getattr(host, "_ends", ())):
+        if not isinstance(end, Client) and end.name == name and getattr(end, "published", False):
+            raise ServiceExists(f"this host serves {name!r} already")
 
 
 class Forwarder:
@@ -135,6 +143,7 @@ class Forwarder:
         if self._again:
             self._seek()
         try:
+            published_once(host, name)
             host.publish(name, self.endpoint)
             self._published = True
         except BaseException:
@@ -170,6 +179,11 @@ class Forwarder:
                 raise PeerError(f"cannot listen on {where}: {error}") from error
             self._listen(sock, "tcp")
         self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+
+    @property
+    def published(self) -> bool:
+        """Whether clients find this forwarder under its name."""
+        return self._published and not self._stopping
 
     def __enter__(self) -> Forwarder:
         return self
