@@ -432,7 +432,9 @@ class Relay:
             unreachable: ERROR frame for calls when there is no backend.
         """
 
-    def add(self, ring: Ring | None, fd: int, backend: bool, max_frame: int, rest: bytes = b"") -> int:
+    def add(
+        self, ring: Ring | None, fd: int, backend: bool, max_frame: int, rest: bytes = b""
+    ) -> int:
         """Take over a connection, and return its key: a ring and the socket that ends with it, or a socket alone.
 
         The descriptors stay the caller's; rest was read from the socket already.

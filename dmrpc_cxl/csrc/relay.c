@@ -30,7 +30,8 @@
 
 /* ---------------------------------------------------------------- the end of a peer */
 
-static void report(struct dm_relay *y, struct dm_peer *p, enum dm_relay_what what, const char *why) {
+static void report(struct dm_relay *y, struct dm_peer *p, enum dm_relay_what what,
+                   const char *why) {
     p->what = what;
     snprintf(p->why, sizeof p->why, "%s", why);
     if (dm_node_alone(&p->event))
@@ -91,7 +92,8 @@ static bool send_to(struct dm_relay *y, struct dm_peer *p, const char *bytes, ui
             return true;
     }
     if (s->backlog > y->max_backlog) {
-        snprintf(e.text, sizeof e.text, "it left %llu bytes unread", (unsigned long long)s->backlog);
+        snprintf(e.text, sizeof e.text, "it left %llu bytes unread",
+                 (unsigned long long)s->backlog);
         fail(y, p, DM_ERR_PEER_GONE, &e);
         return false;
     }
@@ -104,7 +106,8 @@ static bool send_to(struct dm_relay *y, struct dm_peer *p, const char *bytes, ui
     return true;
 }
 
-void dm_relay_send_head(struct dm_relay *y, struct dm_peer *p, enum dm_frame_kind kind, uint64_t id) {
+void dm_relay_send_head(struct dm_relay *y, struct dm_peer *p, enum dm_frame_kind kind,
+                        uint64_t id) {
     struct dm_frame h = {.size = DM_FRAME_HEADER, .kind = (uint8_t)kind, .call_id = id};
     (void)send_to(y, p, (const char *)&h, sizeof h, NULL);
 }
@@ -157,11 +160,12 @@ static struct dm_peer *least_loaded(struct dm_relay *y, bool *crowded) {
     return best;
 }
 
-static void call(struct dm_relay *y, struct dm_peer *client, char *frame, const struct dm_frame *h) {
+static void call(struct dm_relay *y, struct dm_peer *client, char *frame,
+                 const struct dm_frame *h) {
     if (h->call_id <= client->last_id) {
         char text[96];
-        snprintf(text, sizeof text, "call %llu came after call %llu", (unsigned long long)h->call_id,
-                 (unsigned long long)client->last_id);
+        snprintf(text, sizeof text, "call %llu came after call %llu",
+                 (unsigned long long)h->call_id, (unsigned long long)client->last_id);
         drop(y, client, DM_RELAY_BROKE, text);
         return;
     }

@@ -42,7 +42,8 @@ static inline void dm_node_join(struct dm_node *head, struct dm_node *n) {
 
 /* ---------------------------------------------------------------- relay_stream.c: frames in, frames out */
 
-#define DM_STREAM_READ (64u << 10)  /* what a socket is asked for at once; the first size of every buffer */
+#define DM_STREAM_READ                                                                             \
+    (64u << 10) /* what a socket is asked for at once; the first size of every buffer */
 #define DM_STREAM_FIRST (1u << 20)  /* a frame is given so much before its bytes are there */
 #define DM_STREAM_KEPT (4u << 20)   /* a buffer above this does not outlive its frame */
 #define DM_STREAM_BLOCK (64u << 10) /* of a backlog, at least */
@@ -59,7 +60,8 @@ struct dm_stream {
     struct dm_ring *ring;
     int fd;
     uint32_t max_frame;
-    bool blocked; /* a socket that took less than it was given: the wait set will say when it takes more */
+    bool
+        blocked; /* a socket that took less than it was given: the wait set will say when it takes more */
 
     /* in: bytes from.. to are read and not used. A ring's frame under way begins at 0; ring->in.got says how far it is */
     char *buf;
@@ -94,7 +96,7 @@ struct dm_call {
     uint64_t id[2];          /* the client's, and the one at the backend */
     struct dm_call *next[2]; /* in a bucket of each peer's table */
     struct dm_node order;    /* delivered: among the client's, oldest first */
-    bool delivered;          /* answered, with Refs; the client has not said that it does not want them */
+    bool delivered; /* answered, with Refs; the client has not said that it does not want them */
 };
 
 struct dm_calls { /* by id, of one peer */
@@ -135,12 +137,12 @@ struct dm_peer {
     struct dm_stream stream;
     enum dm_side side;
     int64_t key;
-    int control;        /* of a ring: a socket whose end is the peer's; -1 */
-    bool gone;          /* nothing new comes from it; what is there is read */
-    bool dead;          /* neither read nor written any more */
-    bool leaving;       /* is given no calls */
-    uint64_t last_id;   /* the client's, or what the backend was given */
-    uint64_t left;      /* gone: bytes that are read at most */
+    int control;         /* of a ring: a socket whose end is the peer's; -1 */
+    bool gone;           /* nothing new comes from it; what is there is read */
+    bool dead;           /* neither read nor written any more */
+    bool leaving;        /* is given no calls */
+    uint64_t last_id;    /* the client's, or what the backend was given */
+    uint64_t left;       /* gone: bytes that are read at most */
     uint32_t nr_waiting; /* calls without reply */
     uint32_t nr_delivered;
     struct dm_calls calls;
@@ -176,7 +178,8 @@ struct dm_relay {
 struct dm_peer *dm_relay_peer(struct dm_relay *y, int64_t key);
 void dm_relay_detach(struct dm_relay *y, struct dm_peer *p); /* from the wait set */
 void dm_relay_flush(struct dm_relay *y);
-void dm_relay_send_head(struct dm_relay *y, struct dm_peer *p, enum dm_frame_kind kind, uint64_t id);
+void dm_relay_send_head(struct dm_relay *y, struct dm_peer *p, enum dm_frame_kind kind,
+                        uint64_t id);
 void dm_relay_send_error(struct dm_relay *y, struct dm_peer *p, const char *frame, uint64_t id);
 
 int dm_relay_create(uint32_t max_waiting, uint32_t max_peers, uint64_t max_backlog,

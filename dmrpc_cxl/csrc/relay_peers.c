@@ -165,8 +165,8 @@ int dm_relay_add(struct dm_relay *y, enum dm_side side, struct dm_ring *ring, in
 static void end_client(struct dm_relay *y, struct dm_peer *p) {
     uint32_t bucket = 0;
     for (struct dm_call *c; (c = dm_call_any(p, &bucket));) {
-        dm_relay_send_head(y, c->peer[DM_BACKEND], c->delivered ? DM_FRAME_DISCARD : DM_FRAME_CANCEL,
-                           c->id[DM_BACKEND]);
+        dm_relay_send_head(y, c->peer[DM_BACKEND],
+                           c->delivered ? DM_FRAME_DISCARD : DM_FRAME_CANCEL, c->id[DM_BACKEND]);
         if (c->delivered)
             dm_call_free(c);
         else

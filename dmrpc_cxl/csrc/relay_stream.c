@@ -201,8 +201,8 @@ static struct dm_block *block_for(struct dm_stream *s, uint64_t n, char *data) {
 
 int dm_stream_keep(struct dm_stream *s, const char *bytes, uint64_t n, struct dm_stream *from) {
     /* Its last bytes, and all before them are used. */
-    bool take = from && n > DM_STREAM_BLOCK && from->from == from->to &&
-                bytes + n == from->buf + from->to;
+    bool take =
+        from && n > DM_STREAM_BLOCK && from->from == from->to && bytes + n == from->buf + from->to;
     uint64_t offset = take ? (uint64_t)(bytes - from->buf) : 0;
     struct dm_block *b = block_for(s, n, take ? from->buf : NULL);
     if (!b)

@@ -161,7 +161,8 @@ static char *get(struct party *p, struct dm_frame *h) {
     return frame;
 }
 
-static struct dm_frame expect(struct scene *c, struct party *p, enum dm_frame_kind kind, uint64_t id) {
+static struct dm_frame expect(struct scene *c, struct party *p, enum dm_frame_kind kind,
+                              uint64_t id) {
     struct dm_frame h;
     for (int i = 0; !get(p, &h); i++) {
         EXPECT(i < 20000);
@@ -385,7 +386,8 @@ static void random_bytes_harm_nobody(void) {
     struct scene c = begin(10, 1 << 20);
     struct party s = join(&c, DM_BACKEND, true);
     for (int i = 0; i < 300; i++) {
-        struct party bad = join(&c, rng_below(&rng, 2) ? DM_CLIENT : DM_BACKEND, rng_below(&rng, 2));
+        struct party bad =
+            join(&c, rng_below(&rng, 2) ? DM_CLIENT : DM_BACKEND, rng_below(&rng, 2));
         char bytes[4096];
         uint32_t n = 1 + rng_below(&rng, sizeof bytes - 1);
         for (uint32_t k = 0; k < n; k++)
@@ -415,10 +417,8 @@ static void who_does_not_read_is_dropped_and_holds_up_nobody(void) {
             EXPECT(n < 1000);
             put_head(&slow, DM_FRAME_CALL, n, 0);
             expect(&c, &s, DM_FRAME_CALL, ++id);
-            struct dm_frame h = {.size = size,
-                                 .kind = DM_FRAME_REPLY,
-                                 .call_id = id,
-                                 .body_bytes = size - 40};
+            struct dm_frame h = {
+                .size = size, .kind = DM_FRAME_REPLY, .call_id = id, .body_bytes = size - 40};
             memcpy(large, &h, sizeof h);
             put(&s, large, size);
             put_head(&a, DM_FRAME_CALL, n, 0);
