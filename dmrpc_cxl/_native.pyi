@@ -460,3 +460,78 @@ def frame_head(
     time_left_us: int = 0,
     inline_bytes: int = 0,
 ) -> bytes: ...
+
+RELAY_TIMEOUT: int
+RELAY_KICK: int
+RELAY_FD: int
+RELAY_ENDED: int
+RELAY_BROKE: int
+RELAY_LEAVING: int
+
+class Relay:
+    """The connections of a load balancer, and the loop that passes frames on between them.
+
+    One thread runs and changes it; MisuseError in another one while it runs. kick and the counters are for all.
+    """
+
+    def __init__(
+        self,
+        max_waiting: int,
+        max_peers: int,
+        max_backlog: int,
+        overloaded: bytes,
+        unreachable: bytes,
+    ) -> None:
+        """Make one without connections.
+
+        Args:
+            max_waiting: calls without reply; more are answered with the frame `overloaded`.
+            max_peers: connections.
+            max_backlog: bytes kept for one that does not read; it is dropped after that.
+            unreachable: ERROR frame for calls when there is no backend.
+        """
+
+    def add(
+        self, ring: Ring | None, fd: int, backend: bool, max_frame: int, rest: bytes = b""
+    ) -> int:
+        """Take over a connection, and return its key: a ring and the socket that ends with it, or a socket alone.
+
+        The descriptors stay the caller's; rest was read from the socket already.
+        """
+
+    def remove(self, key: int, lost: bytes) -> int:
+        """Forget a connection and see to its calls; return how many calls this backend was given.
+
+        A client's calls are cancelled. A backend's are answered with the ERROR frame `lost`.
+        """
+
+    def leave_out(self, key: int) -> None:
+        """Give a backend no more calls."""
+
+    def watch(self, fd: int) -> None:
+        """Have run return when a descriptor is readable."""
+
+    def unwatch(self, fd: int) -> None:
+        """Watch a descriptor no longer; before it is closed."""
+
+    def run(self, timeout: float | None = None) -> tuple[int, int, str]:
+        """Pass frames on until there is something for the caller: what, key or descriptor, text.
+
+        RELAY_FD: a watched descriptor is readable. RELAY_ENDED, RELAY_BROKE: a connection is to be removed; in the second
+        case its peer may be told why. RELAY_LEAVING: a backend takes no more calls.
+        """
+
+    def kick(self) -> None:
+        """Make run return, now or when it is called next."""
+
+    def forwarded(self, key: int) -> int:
+        """Return how many calls a backend was given; 0 once it is removed."""
+
+    @property
+    def nr_forwarded(self) -> int: ...
+    @property
+    def bytes_forwarded(self) -> int: ...
+    @property
+    def nr_waiting(self) -> int: ...
+    def close(self) -> None:
+        """Let go of everything but the connections' own descriptors. Idempotent."""

@@ -33,9 +33,7 @@ def in_child(work: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_forked_child_gets_a_clear_error_and_the_parent_goes_on(
-    rpc: Rpc, transport: str
-) -> None:
+def test_a_forked_child_gets_a_clear_error_and_the_parent_goes_on(rpc: Rpc, transport: str) -> None:
     rpc.serve(0, Desk, "desk", threads=4)
     desk = rpc.connect("desk", transport=transport)
     server = rpc.host.serve(Desk(), name="here")
