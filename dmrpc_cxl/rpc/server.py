@@ -293,7 +293,7 @@ class Server:
                     while (waits_for_us := self._next_attention()) is not None:
                         self._attend(waits_for_us)
                 else:
-                    connection = connections.get(key)
+                    connection = None if key is None else connections.get(key)
                     if connection is not None:
                         self._attend(connection)
                 if self._queue:
@@ -314,6 +314,7 @@ class Server:
             # Whoever holds it may have armed the ring just now, and this thread got its report: it has to look.
             connection.read_lock.acquire()
             try:
+                call: Call | None
                 try:
                     if connection.ahead:
                         frame, call = connection.ahead.popleft()
@@ -789,7 +790,7 @@ class Server:
         """Accept, shake hands, notice ends; tick while calls run."""
         quiet = served = 0
         while not self._stopped:
-            busy = quiet < TICKS_WITHOUT_WORK or self._handshakes
+            busy = quiet < TICKS_WITHOUT_WORK or bool(self._handshakes)
             if not busy:
                 self._warden_parked = True
                 busy = self._any_running()
@@ -804,9 +805,11 @@ class Server:
                 else:
                     quiet += 1
             except Exception:
-                if self._stopped:
-                    return
-                log.exception("%s: the warden stumbled", self.name)
+                if not self._is_stopped():
+                    log.exception("%s: the warden stumbled", self.name)
+
+    def _is_stopped(self) -> bool:
+        return self._stopped  # another thread's doing
 
     def _event(self, fd: int, event: int) -> None:
         if fd == self._woken:
