@@ -144,7 +144,7 @@ class Depot:
     async def fresh_async(self, n: int) -> Any:
         return self._fresh(n)
 
-    def held(self, how: str, n: int) -> Any:
+    def held(self, how: str, n: int) -> Any:  # noqa: PLR0912, PLR0915 - one branch per way to hold it
         made = self._fresh(n)
         kept = self._kept
         if how == "attribute":

@@ -154,7 +154,7 @@ class Server:
         endpoint: what is published.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0915
         self,
         host: Host,
         service: object,
