@@ -299,7 +299,8 @@ class Connection:
         while self.pending:
             with contextlib.suppress(KeyError):
                 _, pending = self.pending.popitem()
-                self.settle(pending, None, self.lost)
+                # One for each: raised, it holds the frames of its call, and ours lives as long as the connection.
+                self.settle(pending, None, type(self.lost)(str(self.lost)))
 
 
 def _only(values: Any) -> Any:
@@ -534,7 +535,7 @@ class CallFuture:
     """A call that is under way: ``client.future.method(...)``.
 
     Replies are read by whoever waits, so a future makes progress while somebody waits on the same client, or asks done().
-    A future that is dropped does not cancel its call; what the reply holds is given back when it arrives.
+    A future that is dropped cancels its call: nobody would take the Refs of its reply.
     """
 
     __slots__ = ("__weakref__", "_pending")
@@ -592,6 +593,16 @@ class CallFuture:
             return False
         pending.connection.give_up(pending, CallCancelled(f"{pending.method}: cancelled"))
         return True
+
+    def __del__(self) -> None:
+        if not self._pending.done:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        pending = self._pending
+        if pending.connection.lost is None:
+            with contextlib.suppress(DmError, ValueError, OSError):
+                pending.connection.give_up(pending, CallCancelled("nobody waits for it any more"))
 
 
 def _await_nested(pending: SyncPending, timeout: float | None = None) -> None:

@@ -101,12 +101,16 @@ def test_a_future_says_done_without_waiting(rpc: Rpc, transport: str) -> None:
     assert future.result(timeout=0) == "door"
 
 
-def test_a_future_that_is_cancelled_ends_at_the_server(rpc: Rpc, transport: str) -> None:
+def test_a_future_that_is_dropped_or_cancelled_ends_at_the_server(rpc: Rpc, transport: str) -> None:
     rpc.serve(0, Desk, "desk", threads=3)
     desk = rpc.connect("desk", transport=transport)
-    cancelled = desk.future.patient("cancelled")
+    dropped, cancelled = desk.future.patient("dropped"), desk.future.patient("cancelled")
+    noted(desk, "began dropped")
     noted(desk, "began cancelled")
     assert cancelled.cancel()
+    del dropped
+    gc.collect()
+    noted(desk, "CallCancelled dropped")
     noted(desk, "CallCancelled cancelled")
     with pytest.raises(CallCancelled):
         cancelled.result()
