@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmrpc_cxl.errors import CallCancelled, DeadlineExceeded, Overloaded, PeerLost, ServiceStopping
+from dmrpc_cxl.errors import CallCancelled, DeadlineExceeded, Overloaded, PeerLost
 from tests.rpc_services import Desk, Relay, Rpc, ask, stop
 from tests.standing import until
 
@@ -127,7 +127,7 @@ def test_servers_that_come_and_go_under_load_end_every_call(rpc: Rpc, transport:
         n = 0
         while time.monotonic() < end:
             futures = []
-            with contextlib.suppress(PeerLost, ServiceStopping):
+            with contextlib.suppress(PeerLost):
                 futures = [client.future.echo([who, i]) for i in range(20)]
             for i, future in enumerate(futures):
                 error = future.exception()

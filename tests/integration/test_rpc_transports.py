@@ -58,8 +58,8 @@ def _in_new_namespace(command: list[str]) -> subprocess.CompletedProcess[str]:
     inside = "ip link set lo up && exec " + " ".join(f"'{word}'" for word in command)
     return subprocess.run(
         ["unshare", "--net", "sh", "-c", inside],
-        check=False,
         capture_output=True,
+        check=False,
         text=True,
         timeout=90,
     )

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.coordinators import Coordinated, coordinated, give_back, grant, publish, rejoin
 from tests.fabrics import At, running
 
