@@ -231,10 +231,30 @@ class Depot:
         return Parcel(self._fresh(n))
 
 
-HELD = (
-    "attribute closure slice reshaped memoryview weakref list dict tuple deep subclass subclass_result generator thread "
-    "buffer buffer_view base base_view dataclass dataclass_dict in_dataclass dataclass_field"
-).split()
+HELD = [
+    "attribute",
+    "closure",
+    "slice",
+    "reshaped",
+    "memoryview",
+    "weakref",
+    "list",
+    "dict",
+    "tuple",
+    "deep",
+    "subclass",
+    "subclass_result",
+    "generator",
+    "thread",
+    "buffer",
+    "buffer_view",
+    "base",
+    "base_view",
+    "dataclass",
+    "dataclass_dict",
+    "in_dataclass",
+    "dataclass_field",
+]
 
 
 # ---------------------------------------------------------------- in host processes

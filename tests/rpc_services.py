@@ -348,7 +348,13 @@ def noted(desk: Any, text: str) -> None:
     until(lambda: text in desk.notes(), 20)
 
 
+def _state(pid: int, task: str) -> str:
+    with open(f"/proc/{pid}/task/{task}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
+
+
 def pause(pid: int) -> Callable[[], None]:
     """Stop a process; return what lets it go on."""
     os.kill(pid, signal.SIGSTOP)
+    until(lambda: all(_state(pid, task) == "T" for task in os.listdir(f"/proc/{pid}/task")))
     return lambda: os.kill(pid, signal.SIGCONT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -330,7 +331,9 @@ class _AsyncCaller(Prepared):
         if call is not None:
             gone = CallCancelled(f"{call.method}: the caller cancelled")
             forget = call.when_cancelled(
-                lambda: connection.loop.call_soon_threadsafe(connection.give_up, pending, gone)
+                functools.partial(
+                    connection.loop.call_soon_threadsafe, connection.give_up, pending, gone
+                )
             )
         try:
             return await pending.future
@@ -345,9 +348,7 @@ class _AsyncCaller(Prepared):
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 if pending.future.done() and not pending.future.cancelled():
                     pending.future.exception()
-            del (
-                pending
-            )  # no circle over this frame: it would keep the arguments until the collector runs
+            del pending  # no circle over this frame, which would keep the arguments
 
 
 async def _in_time(what: Awaitable[T], deadline: float | None, where: str) -> T:

@@ -65,7 +65,7 @@ READ_ALONG = (
     64  # every so many calls sent ahead, replies are taken: the server must not be left with them
 )
 SLICE_SECONDS = 0.1  # longest sleep of a thread that waits: another one may cancel its call
-IDLE_SECONDS = 0.02  # a connection that was not used for so long is looked at before it is used
+IDLE_SECONDS = 0.001  # a connection that was not used for so long is looked at before it is used
 FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
 LONGEST_BACKOFF = 1.0
 
@@ -299,7 +299,8 @@ class Connection:
         while self.pending:
             with contextlib.suppress(KeyError):
                 _, pending = self.pending.popitem()
-                self.settle(pending, None, self.lost)
+                # One for each: raised, it holds the frames of its call, and ours lives as long as the connection.
+                self.settle(pending, None, type(self.lost)(str(self.lost)))
 
 
 def _only(values: Any) -> Any:
@@ -388,7 +389,10 @@ class SyncConnection(Connection):
                     self.lost = PeerLost(f"{self.service}: {error}")
                 if self.pending.pop(call_id, None) is None:
                     return  # whoever reads has noticed as well, and ended the call
-                raise failure from None
+                try:
+                    raise failure from None
+                finally:
+                    del failure  # no circle over this frame, and those of its callers
 
     def _send_rest(self, timeout: float | None) -> None:
         """Send what comes before the next call. Context: send_lock held."""
@@ -531,7 +535,7 @@ class CallFuture:
     """A call that is under way: ``client.future.method(...)``.
 
     Replies are read by whoever waits, so a future makes progress while somebody waits on the same client, or asks done().
-    A future that is dropped does not cancel its call; what the reply holds is given back when it arrives.
+    A future that is dropped cancels its call: nobody would take the Refs of its reply.
     """
 
     __slots__ = ("__weakref__", "_pending")
@@ -589,6 +593,16 @@ class CallFuture:
             return False
         pending.connection.give_up(pending, CallCancelled(f"{pending.method}: cancelled"))
         return True
+
+    def __del__(self) -> None:
+        if not self._pending.done:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        pending = self._pending
+        if pending.connection.lost is None:
+            with contextlib.suppress(DmError, ValueError, OSError):
+                pending.connection.give_up(pending, CallCancelled("nobody waits for it any more"))
 
 
 def _await_nested(pending: SyncPending, timeout: float | None = None) -> None:

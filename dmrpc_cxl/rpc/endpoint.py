@@ -24,6 +24,7 @@ from ..errors import (
     DeadlineExceeded,
     DmError,
     InterfaceMismatch,
+    Overloaded,
     PeerLost,
     RemoteProtocolError,
     ServiceNotFound,
@@ -220,6 +221,8 @@ def _welcome(frame: Frame, service: str) -> Welcome:
             raise InterfaceMismatch(text)
         if frame.method == Code.UNKNOWN_SERVICE:
             raise ServiceNotFound(text)
+        if frame.method == Code.OVERLOADED:
+            raise Overloaded(text)
         raise ServiceStopping(text)
     if frame.kind != Kind.WELCOME:
         raise RemoteProtocolError(f"WELCOME comes first, not a frame of kind {frame.kind}")

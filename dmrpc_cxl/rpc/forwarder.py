@@ -49,6 +49,7 @@ __all__ = ["Forwarder"]
 log = logging.getLogger("dmrpc.rpc")
 
 MAX_BACKLOG_BYTES = 256 << 20
+MAX_HANDSHAKES = 256
 
 
 class _Peer:
@@ -363,8 +364,8 @@ class Forwarder:
                 log.warning("%s: cannot accept: %s", self.name, error)
             return
         handshake = Handshake(sock, kind)
-        if len(self._peers) + len(self._handshakes) >= self._max_connections:
-            handshake.refuse(Code.OVERLOADED, Overloaded(f"{self.name} has too many connections"))
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            handshake.channel.close()
             return
         self._handshakes[sock.fileno()] = handshake
         self._relay.watch(sock.fileno())
@@ -380,6 +381,10 @@ class Forwarder:
                 handshake.refuse(
                     Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here")
                 )
+                return
+            if len(self._peers) - len(self._backends) >= self._max_connections:
+                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
+                handshake.refuse(Code.OVERLOADED, full)
                 return
             assert self._welcome is not None
             self._add(handshake.welcome(self._welcome, self._ring_bytes), None)

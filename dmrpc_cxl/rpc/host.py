@@ -14,7 +14,7 @@ from ..host import Host as MemoryHost
 from . import objects
 from .client import Client, ClientInterceptor, Link, Options
 from .endpoint import RING_BYTES, Transport
-from .forwarder import Forwarder
+from .forwarder import Forwarder, published_once
 from .frames import MAX_FRAME_BYTES
 from .interface import Interface
 from .marshal import Marshaller, Serializer, Transfer
@@ -87,6 +87,7 @@ class Host(MemoryHost):
 
         Paper: IV.
         """
+        published_once(self, name)
         marshaller = Marshaller(self, threshold or self.threshold)
         server = Server(
             self,

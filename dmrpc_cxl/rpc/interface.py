@@ -66,7 +66,10 @@ class Interface:
             raise TypeError(
                 f"{cls.__qualname__}.{name} cannot be called remotely: a client's own {name} is in the way; rename it"
             )
-        signature = inspect.signature(function)
+        try:
+            signature = inspect.signature(function, eval_str=True)
+        except (NameError, TypeError):  # said below
+            signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[0 if static else 1 :]
         for parameter in parameters:
             if parameter.kind not in _ALLOWED:

@@ -209,8 +209,10 @@ class _Outgoing:
         if gap:
             self.inline.append(bytes(gap))
         place = self.inline_bytes + gap
-        self.inline.append(data)
-        self.inline_bytes = place + data.nbytes
+        self.inline.append(
+            data if data.nbytes else b"\0"
+        )  # that there is an inline part says: extensions
+        self.inline_bytes = place + (data.nbytes or 1)
         return -1 - place
 
     def _array(self, array: np.ndarray[Any, Any]) -> msgspec.msgpack.Ext:
@@ -491,7 +493,7 @@ def _dtype(name: Any) -> np.dtype[Any]:
 
 
 def _descr(name: Any) -> Any:
-    """Lists back to the tuples that numpy wants."""
+    """Turn lists back into the tuples that numpy wants."""
     if isinstance(name, list):
         return [
             tuple(
@@ -583,6 +585,7 @@ class Reader:
 
     def _read_blobs(self, frame: Frame) -> Any:
         plain = _decode_plain(frame.body)
+        _here.incoming = None
         if not frame.flags & PICKLED:
             return msgspec.convert(
                 plain, self.wanted, builtin_types=_NATIVE, dec_hook=_check_custom
@@ -644,8 +647,8 @@ class Marshaller:
         """
         try:
             body = _encode_plain(value)
-        except (TypeError, OverflowError, RecursionError):
-            return None
+        except _UNSENDABLE:
+            return None  # write() says why, if it cannot either
         if transfer == "auto":
             return body if len(body) < self.threshold else None
         return body if transfer == "value" or len(body) < REF_BYTES else None

@@ -88,6 +88,7 @@ AHEAD, AHEAD_BYTES = (
 PATIENCE = 5  # ticks without a call that ended: from then on calls beyond the queue are refused
 JOIN_SECONDS = 5.0  # for all threads of a server together, when it stops
 MAX_BACKLOG_BYTES = 256 << 20  # kept for a connection that does not read
+MAX_HANDSHAKES = 256
 UNSETTLED_REPLIES = 64
 NO_ARGUMENTS = b"\x90"  # an empty list
 _astuple = msgspec.structs.astuple
@@ -128,7 +129,7 @@ class _Connection:
         self.inline: dict[
             int, float
         ] = {}  # calls that run on the thread that read them, since when
-        self.backlog: collections.deque[tuple[Parts, int, int]] = (
+        self.backlog: collections.deque[tuple[Parts | bytes, int, int]] = (
             collections.deque()
         )  # parts, sent, total
         self.backlog_bytes = 0
@@ -251,6 +252,11 @@ class Server:
             raise
         not_for_children(self)
 
+    @property
+    def published(self) -> bool:
+        """Whether clients find this server under its name."""
+        return self._published and not self._draining
+
     def __enter__(self) -> Server:
         return self
 
@@ -344,8 +350,12 @@ class Server:
             finally:
                 del connection.inline[call_id]
             del frame, call
-            if self._queue:  # a connection that always has more must not keep others waiting
-                self._work_off_queue()
+            if self._queue:
+                # A connection that always has more must not keep queued calls waiting. One of those may take long: another
+                # worker is to go on here.
+                self._attention.append(connection)
+                self._kick_worker(1)
+                return
 
     def _read_ahead(self, connection: _Connection) -> None:
         """Look for CANCEL among the next frames. Context: read_lock held."""
@@ -389,15 +399,13 @@ class Server:
                 if not self._queue:
                     return
                 connection, frame, call = self._queue.popleft()
-            outer = self._running.get(me)
             self._running[me] = time.monotonic()
             if self._warden_parked:
                 self._kick_warden()
             try:
                 self._run(connection, frame, call, True)
             finally:
-                if outer is None:
-                    del self._running[me]
+                del self._running[me]
             del connection, frame, call
 
     # ------------------------------------------------------------ frames
@@ -490,6 +498,8 @@ class Server:
             else:
                 # Whatever it returns is referred to by the box alone: see may_move.
                 box.append(bound.function(*box.pop()))
+            if call.cancelled:  # Refs in the reply would lie there until the client reads again
+                call.check()
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -504,8 +514,10 @@ class Server:
             box.append(function(*box.pop()))
             return
 
+        arguments = box.pop()
+
         def proceed() -> Any:
-            return function(*box.pop())
+            return function(*arguments)
 
         for interceptor in reversed(self._interceptors):
             proceed = _Step(interceptor, call, proceed)
@@ -647,6 +659,8 @@ class Server:
                 self._invoke(call, bound.function, box)
                 if inspect.isawaitable(box[0]):  # an interceptor may have answered itself
                     box.append(await box.pop())
+                if call.cancelled:
+                    call.check()
                 phase = Code.BAD_RESULT
                 self._reply(connection, call_id, flags, box)
             except BaseException as error:
@@ -833,11 +847,9 @@ class Server:
                 time.sleep(TICK_SECONDS)
                 return
             handshake = Handshake(sock, kind)
-            if len(self._connections) + len(self._handshakes) >= self._max_connections:
-                handshake.refuse(
-                    Code.OVERLOADED,
-                    Overloaded(f"{self.name} has {self._max_connections} connections already"),
-                )
+            if len(self._handshakes) >= MAX_HANDSHAKES:
+                self.counts["bad handshakes"] += 1
+                handshake.channel.close()
                 continue
             self._handshakes[sock.fileno()] = handshake
             self._poll.register(sock, select.POLLIN)
@@ -852,6 +864,12 @@ class Server:
             if hello.service != self.name:
                 error = PeerError(f"{hello.service!r} is not served here, but {self.name!r}")
                 handshake.refuse(Code.UNKNOWN_SERVICE, error)
+                return
+            if len(self._connections) >= self._max_connections:
+                # Said only now: a socket that is closed before HELLO is read takes what was said along.
+                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
+                self.counts["overloaded"] += 1
+                handshake.refuse(Code.OVERLOADED, full)
                 return
             self._open(handshake.welcome(self._welcome, self._ring_bytes))
         except AccessDenied as error:
@@ -912,6 +930,9 @@ class Server:
                 self._read_aside(connection)
         if self._queue:
             self._expire_queue()
+            with contextlib.suppress(IndexError):
+                if self._queue[0][2].since < now - 2 * TICK_SECONDS:  # those calls do take long
+                    self._call_others(len(self._queue))
         return True
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dmrpc_cxl.errors import CallCancelled, DeadlineExceeded
-from tests.rpc_services import Bottom, Desk, Relay, Rpc, noted, pause
+from tests.rpc_services import Bottom, Desk, Relay, Rpc, ask, noted, pause
 from tests.standing import until
 
 
@@ -91,6 +91,7 @@ def test_a_call_that_comes_too_late_does_not_run(rpc: Rpc, transport: str) -> No
     until(lambda: {"began door", "began window"} <= set(rpc.hosts[0].call(_notes, "desk")))
     with pytest.raises(DeadlineExceeded):
         desk.using(timeout=0.1).note("too late")
+    until(lambda: rpc.hosts[0].call(ask, "desk", "counts").get("failed"))  # the server knows, too
     rpc.hosts[0].call(_open, "desk", ["door", "window"])
     assert (door.result(), window.result()) == ("door", "window")
     assert "too late" not in desk.notes()

@@ -8,8 +8,8 @@ import pytest
 
 from dmrpc_cxl.errors import BadAddress, BufferInUse, CannotSend, PeerLost, UnknownMethod
 from dmrpc_cxl.rpc import move
-from tests.fabrics import At, Fabric, HostProcess
-from tests.rpc_peers import HELD, LARGE, connect, go, serve
+from tests.fabrics import At, HostProcess
+from tests.rpc_peers import HELD, LARGE, connect, serve
 from tests.standing import Standing, until
 
 N = 4 * LARGE

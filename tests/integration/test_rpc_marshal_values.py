@@ -104,10 +104,30 @@ def made(kind: str, n: int) -> np.ndarray:
     }[kind]
 
 
-ARRAYS = (
-    "structured padded nested datetime64 timedelta64 strings bytes bool void longdouble big-endian half c16 c8 zero-size 0-d "
-    "strided F-order reversed read-only broadcast 7-d"
-).split()
+ARRAYS = [
+    "structured",
+    "padded",
+    "nested",
+    "datetime64",
+    "timedelta64",
+    "strings",
+    "bytes",
+    "bool",
+    "void",
+    "longdouble",
+    "big-endian",
+    "half",
+    "c16",
+    "c8",
+    "zero-size",
+    "0-d",
+    "strided",
+    "F-order",
+    "reversed",
+    "read-only",
+    "broadcast",
+    "7-d",
+]
 
 
 def same(array: np.ndarray, other: np.ndarray) -> bool:
