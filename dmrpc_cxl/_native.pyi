@@ -97,6 +97,33 @@ class Device:
     def stop_coordinator(self, epoch: int) -> bool:
         """Take it out; False, and nothing changed, when a later coordinator has taken over."""
 
+    @property
+    def fence_epoch(self) -> int:
+        """The epoch that every change through this object depends on; 0: none. May be set."""
+
+    @fence_epoch.setter
+    def fence_epoch(self, epoch: int) -> None: ...
+    @property
+    def epoch(self) -> int:
+        """The coordinators' epoch now."""
+
+    def services(self) -> list[dict[str, Any]]:
+        """List the service table by serial number, damaged entries included.
+
+        slot, serial, host, incarnation, damaged, name, endpoint; name and endpoint are bytes.
+        """
+
+    def publish(
+        self, host_id: int, incarnation: int, name: bytes, endpoint: bytes
+    ) -> tuple[int, int]:
+        """Add a service and return (slot, serial). Raises BadSize, ServiceTableFull."""
+
+    def withdraw(self, slot: int, serial: int) -> None:
+        """Free the entry of the service table with that serial number."""
+
+    def owned(self) -> dict[int, int]:
+        """Count the frames whose words name each host, in use or free."""
+
     def activate_host(
         self, host_id: int, pid: int, start_time: int, incarnation: int, name: str, frame_limit: int
     ) -> None:
@@ -109,6 +136,12 @@ class Device:
         """Swap one of LAYOUT["HOST_*"] for another; False when the state was not expect."""
 
     def reclaim_host(self, host_id: int) -> dict[str, int]: ...
+    def forget_refs(self) -> int:
+        """Free every Ref entry, counts untouched: for a fabric in which nobody lives."""
+
+    def holdings(self) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
+        """List (host, page, frame, count) of page tables and (entry, holder, frame, count) of Refs."""
+
     def audit(self) -> dict[str, Any]:
         """Account for every frame: exact on a quiescent fabric, else perhaps transient.
 
@@ -116,6 +149,32 @@ class Device:
         ref_pages, overflow_frames, in_flight, nr_violations, violations (the first 64, as
         (frame or None, text)).
         """
+
+class Scrub:
+    """Accounting for every frame of a device in use, in slices."""
+
+    def __init__(self, device: Device) -> None: ...
+    def step(self, seconds: float) -> bool:
+        """Go on with the look for about so long; True when it is complete."""
+
+    def settle(self, min_looks: int, repair: bool = False) -> bool:
+        """Make certain of suspects, and repair; False when hosts were at work and nothing is known."""
+
+    @property
+    def looks(self) -> int:
+        """Number of looks completed."""
+
+    @property
+    def accounting(self) -> dict[str, Any]:
+        """What the last complete look counted."""
+
+    @property
+    def suspects(self) -> list[dict[str, Any]]:
+        """Frames that the last look found wrong."""
+
+    @property
+    def nr_overlooked(self) -> int:
+        """Number of suspects that were too many to keep."""
 
 # ---------------------------------------------------------------- host (_host.pxi)
 
