@@ -273,6 +273,12 @@ class TcpChannel(Channel):
             raise PeerLost("the peer closed the connection or died")
         return n
 
+    def take_rest(self) -> bytes:
+        """Return what was read and belongs to no frame that recv() has returned; whoever goes on reading has it."""
+        rest = bytes(self._view[self._from : self._to])
+        self._from = self._to = 0
+        return rest
+
     def wait(self, timeout: float | None) -> bool:
         """See Channel."""
         return bool(self._poll.poll(None if timeout is None else max(0.0, timeout) * 1e3))
