@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -177,7 +178,7 @@ def host_killed() -> list[dict[str, Any]]:
             before = caller.rate(killed - ALONE_SECONDS, killed)
             losses.append(100 * (1 - caller.rate(killed, gone) / before))
             ends = [at for at in caller.ends if killed - 0.05 <= at <= gone + 0.05]
-            longest.append(1e3 * max(b - a for a, b in zip(ends, ends[1:], strict=False)))
+            longest.append(1e3 * max(b - a for a, b in itertools.pairwise(ends)))
         caller.finish()
         del caller
         host.detach()

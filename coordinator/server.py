@@ -234,7 +234,9 @@ class Server:
                 accepting.append(self._loop.create_task(self._accept(listener)))
             accepting.append(self._loop.create_task(self._scrubber.run()))
             accepting.append(self._loop.create_task(self._watch_epoch()))
-            log.info("serving fabric %s, epoch %d, %s", self._settings.fabric, self._epoch, self.where)
+            log.info(
+                "serving fabric %s, epoch %d, %s", self._settings.fabric, self._epoch, self.where
+            )
             ready(self)
             await self._stop.wait()
             log.info("stopping")
