@@ -34,7 +34,7 @@ examples: $(VENV)/.native $(VENV)/.examples ## Run every program of examples/ wi
 	@for module in $(EXAMPLES); do echo "== $$module"; $(PY) -m $$module; done
 
 .PHONY: bench
-bench: $(VENV)/.native $(VENV)/.examples ## Measure, and print ratios [ARGS="..." is handed on]
+bench: $(VENV)/.native $(VENV)/.bench ## Measure, and print ratios [ARGS="..." is handed on]
 	$(PY) -m benchmarks.bench $(ARGS)
 
 ##@ Test
@@ -112,7 +112,7 @@ help: ## List the targets
 # ---------------------------------------------------------------- the virtual environment
 #
 #   .key <- .created <- .package <- .native
-#           .created <- .test, .dev, .examples    the extras of setup.cfg
+#           .created <- .test, .dev, .examples, .bench    the extras of setup.cfg
 #
 # Two files are rewritten only when their content changes, so what depends on them is redone only
 # then: .key, where and for which Python the environment was made (it survives neither a move nor
@@ -156,7 +156,7 @@ $(VENV)/.native: $(VENV)/.package $(NATIVE_SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.examples: $(VENV)/.created setup.cfg
+$(VENV)/.test $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench: $(VENV)/.created setup.cfg
 	@echo "Installing the $(@F:.%=%) tools"
 	@$(PY) scripts/requirements.py $(@F:.%=%) | $(INSTALL) -r /dev/stdin
 	@touch $@

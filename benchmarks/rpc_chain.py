@@ -69,7 +69,7 @@ def _hops(on: Stage, names: list[str], source: str, where: str) -> dict[str, Any
 
 
 def hops() -> list[dict[str, Any]]:
-    """What each further call of a chain costs, at 4 KiB and at 4 MiB."""
+    """Compare what each further call of a chain costs at 4 KiB and at 4 MiB."""
     lines = []
     with stage() as on:
         names = on.chain("", LENGTH)
@@ -85,7 +85,12 @@ def _bytes_sent(on: Stage) -> int:
 
 
 def _against_value(
-    on: Stage, name: str, source: str, transport: str, where: str, limits: tuple[float, float | None]
+    on: Stage,
+    name: str,
+    source: str,
+    transport: str,
+    where: str,
+    limits: tuple[float, float | None],
 ) -> list[dict[str, Any]]:
     by_value, by_ref = (
         Load(name, size=MIB, source=source, transfer=transfer, transport=transport, calls=calls)
@@ -100,7 +105,9 @@ def _against_value(
         moved.append((_bytes_sent(on) - before) / load.calls)
     value, ref = samples
     over = "rings" if transport == "auto" else "TCP"
-    what = f"{LENGTH} calls in a row with 1 MiB ({source}), {over}, by Ref against by value, {where}"
+    what = (
+        f"{LENGTH} calls in a row with 1 MiB ({source}), {over}, by Ref against by value, {where}"
+    )
     rate = ratios(walls(value), walls(ref))
     beside = {
         "value_us": median(walls(value)) / 1e3,

@@ -9,8 +9,20 @@ import numpy as np
 import dmrpc_cxl
 
 from .machine import bar, median
-from .rpc_stage import MIB, PLACES, Block, Sample, Stage, alternate, client_of, cpus, forward
-from .rpc_stage import serve, stage, walls
+from .rpc_stage import (
+    MIB,
+    PLACES,
+    Block,
+    Sample,
+    Stage,
+    alternate,
+    client_of,
+    cpus,
+    forward,
+    serve,
+    stage,
+    walls,
+)
 
 PAGE = 4096
 SIZES = (16 * MIB, 128 * MIB)
@@ -110,9 +122,7 @@ def _lines(on: Stage, how: str, where: str) -> list[dict[str, Any]]:
                     whole_us=median(walls(large)) / 1e3,
                     one_page_us=median(walls(small)) / 1e3,
                     **{
-                        f"{name}_ns": median(
-                            _per_page(cpus(large, name), cpus(small, name), size)
-                        )
+                        f"{name}_ns": median(_per_page(cpus(large, name), cpus(small, name), size))
                         for name in ("client", f"{how}-1", f"{how}-2", "last")
                     },
                 )

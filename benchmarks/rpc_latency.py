@@ -15,9 +15,20 @@ from typing import Any
 import dmrpc_cxl
 
 from .machine import bar, median
-from .rpc_stage import PLACES, Block, Load, Sample, alternate, client_of, prepare, ratios, serve
+from .rpc_stage import (
+    PLACES,
+    Block,
+    Load,
+    Sample,
+    alternate,
+    client_of,
+    prepare,
+    ratios,
+    serve,
+    stage,
+    walls,
+)
 from .rpc_stage import cpus as cpus_of
-from .rpc_stage import stage, walls
 
 ROUNDS = 7
 CALLS = 1000
@@ -58,7 +69,7 @@ def _serve_grpc(host: dmrpc_cxl.Host, address: str) -> str:
     def empty(request: bytes, context: object) -> bytes:
         return b""
 
-    handlers = {"empty": grpc.unary_unary_rpc_method_handler(empty)}
+    handlers: dict[str, Any] = {"empty": grpc.unary_unary_rpc_method_handler(empty)}
     server = grpc.server(ThreadPoolExecutor(8))
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("bench.Worker", handlers)]

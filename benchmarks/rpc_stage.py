@@ -230,7 +230,7 @@ def client_of(host: dmrpc_cxl.Host, service: str, transport: str = "auto") -> An
     """Return this process's client of a service."""
     key = (service, transport)
     if key not in _clients:
-        _clients[key] = host.connect(service, transport=transport)  # type: ignore[call-overload]
+        _clients[key] = host.connect(service, transport=transport)
     return _clients[key]
 
 
@@ -242,7 +242,6 @@ def prepare(host: dmrpc_cxl.Host, load: Load) -> Block:
     else:
         arrays = _payload(host, load.size, load.source)
         arguments = itertools.cycle([(array,) for array in arrays])
-    wanted: list[float] = []
     expected = itertools.cycle(
         [float(array[0]) * array.size for array in _payload(host, load.size, load.source)]
         if load.size and load.method == "total"
@@ -274,7 +273,7 @@ def prepare(host: dmrpc_cxl.Host, load: Load) -> Block:
         return [], results
 
     def check(results: list[Any]) -> None:
-        wanted[:] = itertools.islice(expected, len(results))
+        wanted = list(itertools.islice(expected, len(results)))
         if any(got != want for got, want in zip(results, wanted, strict=True)):
             raise AssertionError(f"{load}: wrong results")
 
@@ -301,6 +300,10 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
 
 def walls(samples: Sequence[Sample]) -> list[float]:
     return [sample.wall_ns for sample in samples]
+
+
+def medians(samples: Sequence[Sample]) -> list[float]:
+    return [sample.p50_ns for sample in samples]
 
 
 def cpus(samples: Sequence[Sample], *who: str) -> list[float]:

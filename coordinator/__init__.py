@@ -10,6 +10,7 @@ Map of the package, from pure to not; each module imports only from those above 
     extents.py      a set of frames as runs                            pure
     ledger.py       pool, host slots, watermarks, statistics           pure
     names.py        the name service                                   pure
+    directory.py    names, kept in the device
     messages.py     what the messages of csrc/wire.h carry             pure
     protocol.py     bytes to messages, who may say what when           pure
     refusals.py     statuses and exceptions                            pure
@@ -19,6 +20,7 @@ Map of the package, from pure to not; each module imports only from those above 
     frames.py       ledger and frame words, kept in step
     hosts.py        registration, guards, death, reclaim
     supply.py       grants, recalls
+    scrubber.py     accounting for every frame, in slices
     service.py      one method for each type of request
     listening.py    sockets to listen on
     server.py       taking over a device, accepting, stopping

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 import click
 
-from dmrpc_cxl.errors import DmError
+from dmrpc_cxl.errors import CoordinatorReplaced, DmError
 
 from .connection import TimeLimits
 from .ledger import Policy
 from .listening import parse_address
+from .scrubber import Pace
 from .server import Server, Settings, raise_descriptor_limit
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -49,6 +50,8 @@ async def run(settings: Settings, ready_fd: int | None) -> None:
                 stream.write(f"ready pid={os.getpid()} {server.where}\n")
 
     await server.serve(ready)
+    if server.replaced:
+        raise CoordinatorReplaced("another coordinator has taken over")
 
 
 def _number(name: str, default: int, text: str, least: int = 1) -> Callable[[_F], _F]:
@@ -66,6 +69,11 @@ def _seconds(name: str, default: float, text: str) -> Callable[[_F], _F]:
 @click.option("--socket", metavar="PATH", help="Unix socket [default: in the runtime directory].")
 @click.option("--tcp", metavar="HOST:PORT", help="Listen on TCP as well; port 0: any free one.")
 @click.option("--tcp-anywhere", is_flag=True, help="Allow --tcp addresses that others can reach.")
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Replace a coordinator that serves the fabric; it stops as soon as it notices.",
+)
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
 @click.option("--ready-fd", type=int, help="Descriptor that gets a line when the fabric is served.")
 @_number("--batch", Policy.batch, "Frames handed out at once.")
@@ -76,11 +84,20 @@ def _seconds(name: str, default: float, text: str) -> Callable[[_F], _F]:
 @_seconds("--recall-timeout", 1.0, "Longest wait for frames that other hosts are asked for, s.")
 @_seconds("--hello-timeout", TimeLimits.hello, "Longest wait for an introduction, s.")
 @_number("--max-connections", 4096, "Most connections at a time.")
+@_seconds("--scrub-interval", Pace.interval, "Between looks at all frames, s; 0: none.")
+@click.option(
+    "--scrub-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=Pace.share,
+    show_default=True,
+    help="Most that such a look takes of one CPU.",
+)
 def main(
     fabric: str,
     socket: str | None,
     tcp: str | None,
     tcp_anywhere: bool,
+    take_over: bool,
     log_level: str,
     ready_fd: int | None,
     batch: int,
@@ -91,6 +108,8 @@ def main(
     recall_timeout: float,
     hello_timeout: float,
     max_connections: int,
+    scrub_interval: float,
+    scrub_share: float,
 ) -> None:
     """Run the coordinator of FABRIC, which hands out the device's free frames to hosts."""
     if ready_fd is not None:
@@ -109,10 +128,12 @@ def main(
             socket=socket,
             tcp=parse_address(tcp) if tcp else None,
             tcp_anywhere=tcp_anywhere,
+            take_over=take_over,
             policy=Policy(batch, low, high, batch_max, frame_limit),
             limits=TimeLimits(hello=hello_timeout),
             recall_seconds=recall_timeout,
             max_connections=max_connections,
+            pace=Pace(interval=scrub_interval, share=scrub_share),
         )
         raise_descriptor_limit()
         asyncio.run(run(settings, ready_fd))

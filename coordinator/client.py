@@ -257,6 +257,17 @@ class Client:
         found: list[dict[str, Any]] = self.request(MsgType.HOSTS, {})["hosts"]
         return found
 
+    def check(self, *, repair: bool = False, timeout: float = 1.0) -> dict[str, Any]:
+        """Have every frame accounted for now; scrubber.py says what comes back.
+
+        Args:
+            repair: take back frames that nothing holds.
+            timeout: seconds to try to be certain of what is suspect while hosts are at work.
+        """
+        ask = {"repair": repair, "timeout": timeout}
+        found: dict[str, Any] = self.request(MsgType.CHECK, ask, timeout=timeout + 60)
+        return found
+
     def stats(self) -> dict[str, Any]:
         """Return the coordinator's statistics."""
         found: dict[str, Any] = self.request(MsgType.STATS, {})

@@ -19,18 +19,20 @@ import dataclasses
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from typing import Any
 
 from dmrpc_cxl._native import LAYOUT, Device
-from dmrpc_cxl.errors import DmError, HostFenced, RemoteProtocolError
+from dmrpc_cxl.errors import CoordinatorReplaced, DmError, HostFenced, RemoteProtocolError
+from dmrpc_cxl.fabric.liveness import is_alive
 
 from .connection import Connection
+from .directory import Directory
 from .frames import Frames
 from .ledger import HostAccount, Ledger
 from .messages import MsgType, Register, Registered, Rejoin, Status
-from .names import Names
 from .processes import Process
 from .refusals import Refused
 from .waits import Changes
@@ -42,6 +44,7 @@ ACTIVE: int = LAYOUT["HOST_ACTIVE"]
 DEAD: int = LAYOUT["HOST_DEAD"]
 DRAINING: int = LAYOUT["HOST_DRAINING"]
 
+PREDECESSOR_SECONDS = 0.1  # between looks whether a coordinator that was replaced is gone
 USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
@@ -93,20 +96,30 @@ class Hosts:
         device: Device,
         ledger: Ledger,
         frames: Frames,
-        names: Names,
+        directory: Directory,
         changes: Changes,
         threads: Executor,
+        behind: Executor,
     ) -> None:
-        """Begin empty, in the event loop; `changes` is announced when hosts come and go."""
+        """Begin empty, in the event loop; `changes` is announced when hosts come and go.
+
+        Reclaims run in `behind`, whose threads have a low priority.
+        """
         self.epoch = 0
         self.reclaims: deque[Reclaim] = deque(maxlen=32)
         self.nr_reclaims = 0
+        self.predecessor: tuple[int, int] | None = None
+        """Pid and start time of a coordinator that was replaced, and may go on after a pause."""
+        self._left_dead: set[int] = set()
+        self.when_replaced: Callable[[], None] = lambda: None
+        self.when_reclaimed: Callable[[], None] = lambda: None
         self._device = device
         self._ledger = ledger
         self._frames = frames
-        self._names = names
+        self._directory = directory
         self._changes = changes
         self._threads = threads
+        self._behind = behind
         self._loop = asyncio.get_running_loop()
         self._hosts: dict[int, LiveHost] = {}
         self._lingering: set[LiveHost] = set()  # retired, their guard is still needed
@@ -134,6 +147,12 @@ class Hosts:
         async with self._reclaim:
             return await self._frames.look_for_lost()
 
+    @asynccontextmanager
+    async def unchanging(self) -> AsyncIterator[None]:
+        """Admit and reclaim nobody for a while."""
+        async with self._admission, self._reclaim:
+            yield
+
     @property
     def nr_active(self) -> int:
         """Number of live hosts."""
@@ -155,25 +174,31 @@ class Hosts:
     async def restore(self) -> None:
         """Take over an earlier coordinator's hosts, and reclaim those whose process is gone."""
         dead: list[LiveHost] = []
+        owned = self._device.owned()
         for entry in self._device.hosts():
             slot: int = entry["host"]
             process = None
             if entry["state"] == ACTIVE:
                 process = Process.find(entry["pid"], entry["start_time"])
             limit: int = entry["frame_limit"]
-            free = sum(count for _, count in self._device.free_runs(slot)) if limit else 0
             account = self._ledger.readmit(
-                slot, entry["incarnation"], entry["name"], process is not None, free
+                slot, entry["incarnation"], entry["name"], process is not None, owned.get(slot, 0)
             )
             account.watermarks = dataclasses.replace(account.watermarks, frame_limit=limit)
             host = self._hosts[slot] = LiveHost(account, process)
             if process is None:
                 dead.append(host)
+                if entry["state"] == DEAD:
+                    self._left_dead.add(slot)
             else:
                 self._watch(host)
                 log.info("%s is alive and may rejoin", host)
-        for host in dead:
-            await self._retire(host, "was gone when the coordinator started")
+        self._directory.restore(
+            {host.account.host: host.account.incarnation for host in self if host.process}
+        )
+        retirements = [self._retire(host, "was gone when the coordinator started") for host in dead]
+        if self.predecessor is None:
+            await asyncio.gather(*retirements)
 
     async def register(self, connection: Connection, ask: Register) -> Registered:
         """Give a host a slot; the same token gets the same answer again.
@@ -326,7 +351,9 @@ class Hosts:
     def _process_ended(self, host: LiveHost) -> None:
         log.info("%s: its process has ended", host)
         self._forget_process(host)
-        if host.account.alive:
+        if self._device.epoch != self.epoch:
+            self.when_replaced()  # its end is the successor's business
+        elif host.account.alive:
             host.notify(MsgType.NOTIFY_FENCED)  # for whoever else holds the connection
             self._retire(host, "died")
         self._let_go(host)
@@ -337,7 +364,7 @@ class Hosts:
         for state in (ACTIVE, DRAINING):
             self._device.set_host_state(account.host, state, DEAD)
         self._ledger.bury(account.host)
-        self._names.forget_host(account.host)
+        self._directory.forget_host(account.host)
         self._gone_tokens.append(account.incarnation)
         host.retirement = self._loop.create_task(self._take_everything(host, why))
         self._changes.announce()
@@ -350,13 +377,17 @@ class Hosts:
         try:
             async with self._reclaim:
                 report = await self._loop.run_in_executor(
-                    self._threads, self._device.reclaim_host, account.host
+                    self._behind, self._device.reclaim_host, account.host
                 )
                 found = await self._frames.look_for_lost()
+        except CoordinatorReplaced:
+            self.when_replaced()
         except DmError:
             # The slot stays DEAD, nothing of it is given away. The next coordinator tries again.
             log.exception("%s could not be reclaimed; its slot and frames stay as they are", host)
         else:
+            if account.host in self._left_dead:
+                await self._predecessor_ended()
             self._device.set_host_state(account.host, DEAD, FREE)
             self._ledger.release(account.host)
             del self._hosts[account.host]
@@ -369,9 +400,19 @@ class Hosts:
                      host, why, found, seconds * 1e3)  # fmt: skip
         finally:
             host.retirement = None
+            self.when_reclaimed()
             self._lingering.add(host)
             self._let_go(host)
             self._changes.announce()
+
+    async def _predecessor_ended(self) -> None:
+        """Wait until a coordinator that was replaced is gone.
+
+        It may have been stopped in the midst of reclaiming a host. Its next store, before it notices, is to that
+        host's tables; so nobody gets these before.
+        """
+        while self.predecessor is not None and is_alive(*self.predecessor):
+            await asyncio.sleep(PREDECESSOR_SECONDS)
 
     def _let_go(self, host: LiveHost) -> None:
         """Close a retired host's guard if its process is gone or has let go of it."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dmrpc_cxl._native import WIRE
-from dmrpc_cxl.errors import DeviceError, HostFenced, OutOfFrames
+from dmrpc_cxl.errors import HostFenced, NoHostSlot, OutOfFrames, OverQuota
 
 from .extents import Extents, FrameConflict, Run
 
@@ -34,14 +34,6 @@ __all__ = [
 
 MAX_GRANT_RUNS: int = WIRE["max_runs"]
 """Most runs in one grant."""
-
-
-class NoHostSlot(DeviceError):
-    """Every host slot of the device is taken."""
-
-
-class OverQuota(OutOfFrames):
-    """The host holds as many frames as it may."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +148,10 @@ class Ledger:
         raise NoHostSlot(f"all {self.max_hosts} host slots of the device are taken")
 
     def readmit(
-        self, host: int, incarnation: int, name: str, alive: bool, free: int
+        self, host: int, incarnation: int, name: str, alive: bool, owned: int
     ) -> HostAccount:
-        """Enter a host that an earlier coordinator left in the device, with `free` free frames."""
-        account = HostAccount(host, incarnation, name, self.negotiate(), alive, charged=free)
+        """Enter a host that an earlier coordinator left in the device, and whose `owned` frames are."""
+        account = HostAccount(host, incarnation, name, self.negotiate(), alive, charged=owned)
         self.hosts[host] = account
         return account
 

@@ -25,8 +25,8 @@ class CannotListen(EnvironmentFault):
 class UnixListener:
     """A listening Unix socket and its file."""
 
-    def __init__(self, path: str) -> None:
-        """Listen at `path`, for this user only.
+    def __init__(self, path: str, *, replace: bool = False) -> None:
+        """Listen at `path`, for this user only; with `replace` whoever listens there.
 
         Raises:
             BadSize: the path is too long for the address of a Unix socket.
@@ -39,7 +39,7 @@ class UnixListener:
                 f"socket path {self.path} has {len(os.fsencode(self.path))} bytes, at most {room} fit: "
                 "choose a shorter one with --socket"
             )
-        self._clear_the_way()
+        self._clear_the_way(replace)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
@@ -54,7 +54,7 @@ class UnixListener:
             os.umask(before)
         self._file = os.lstat(self.path)
 
-    def _clear_the_way(self) -> None:
+    def _clear_the_way(self, replace: bool) -> None:
         try:
             found = os.lstat(self.path)
         except OSError:
@@ -67,7 +67,7 @@ class UnixListener:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             refused = probe.connect_ex(self.path)
-        if refused != errno.ECONNREFUSED:
+        if refused != errno.ECONNREFUSED and not replace:
             raise CannotListen(
                 f"somebody else listens at {self.path}: stop them, "
                 "or choose another path with --socket"

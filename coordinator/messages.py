@@ -45,6 +45,7 @@ class MsgType(IntEnum):
     HOSTS = _TYPES["HOSTS"]
     SHUTDOWN = _TYPES["SHUTDOWN"]
     WAIT = _TYPES["WAIT"]
+    CHECK = _TYPES["CHECK"]
     NOTIFY_RECALL = _TYPES["NOTIFY_RECALL"]
     NOTIFY_FENCED = _TYPES["NOTIFY_FENCED"]
 
@@ -65,6 +66,7 @@ class Status(IntEnum):
     QUOTA = _STATUS["QUOTA"]
     INTERNAL = _STATUS["INTERNAL"]
     SHUTTING_DOWN = _STATUS["SHUTTING_DOWN"]
+    TABLE_FULL = _STATUS["TABLE_FULL"]
 
 
 class Header(NamedTuple):
@@ -259,6 +261,7 @@ REQUESTS: Mapping[MsgType, Codec] = {
     MsgType.HOSTS: JSON,
     MsgType.SHUTDOWN: JSON,
     MsgType.WAIT: JSON,
+    MsgType.CHECK: JSON,
 }
 REPLIES: Mapping[MsgType, Codec] = {
     **{kind: JSON for kind, codec in REQUESTS.items() if codec is JSON},

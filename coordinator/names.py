@@ -1,7 +1,6 @@
 """The name service: which live host offers which service, and where.
 
-Pure. Names are not in the device: they vanish with the host that published them, and after a
-restart of the coordinator their hosts publish them again.
+Pure. directory.py keeps them in the device; they vanish with the host that published them.
 """
 
 from __future__ import annotations
@@ -68,8 +67,12 @@ class Names:
         """Yield the services by name."""
         return (self._services[name] for name in sorted(self._services))
 
-    def publish(self, name: str, endpoint: Any, host: int) -> None:
-        """Announce that `host` offers `name`; it may do so again, to change the endpoint.
+    def get(self, name: str) -> Service | None:
+        """Return the service of that name, if anybody has published it."""
+        return self._services.get(name)
+
+    def check(self, name: str, host: int) -> None:
+        """Check that `host` may publish `name`.
 
         Raises:
             ServiceExists: another live host has published the name.
@@ -79,11 +82,25 @@ class Names:
         known = self._services.get(name)
         if known is not None and known.host != host:
             raise ServiceExists(f"service {name!r} is published by host {known.host}")
-        mine = self._of_host.setdefault(host, set())
+        mine = self._of_host.get(host, ())
         if name not in mine and len(mine) >= MAX_NAMES_PER_HOST:
             raise BadName(f"host {host} has published {MAX_NAMES_PER_HOST} names already")
+
+    def publish(self, name: str, endpoint: Any, host: int) -> None:
+        """Announce that `host` offers `name`; it may do so again, to change the endpoint.
+
+        Raises:
+            ServiceExists, BadName: as `check`.
+        """
+        self.check(name, host)
         self._services[name] = Service(name, endpoint, host)
-        mine.add(name)
+        self._of_host.setdefault(host, set()).add(name)
+
+    def check_owner(self, name: str, host: int) -> None:
+        """Check that `host` has published `name`, or raise ServiceNotFound."""
+        known = self._services.get(name)
+        if known is None or known.host != host:
+            raise ServiceNotFound(f"host {host} has not published a service {name!r}")
 
     def withdraw(self, name: str, host: int) -> None:
         """Take a name of `host` back.
@@ -91,9 +108,7 @@ class Names:
         Raises:
             ServiceNotFound: the host has not published it.
         """
-        known = self._services.get(name)
-        if known is None or known.host != host:
-            raise ServiceNotFound(f"host {host} has not published a service {name!r}")
+        self.check_owner(name, host)
         del self._services[name]
         self._of_host[host].discard(name)
 

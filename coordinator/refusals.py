@@ -11,6 +11,7 @@ from dmrpc_cxl.errors import (
     RemoteProtocolError,
     ServiceExists,
     ServiceNotFound,
+    ServiceTableFull,
 )
 
 from .ledger import NoHostSlot, OverQuota
@@ -37,6 +38,7 @@ _STATUS_OF: tuple[tuple[type[DmError], Status], ...] = (  # the first that fits
     (HostFenced, Status.FENCED),
     (ServiceNotFound, Status.NOT_FOUND),
     (ServiceExists, Status.EXISTS),
+    (ServiceTableFull, Status.TABLE_FULL),
     (RemoteProtocolError, Status.BAD_REQUEST),
     (MisuseError, Status.BAD_REQUEST),
 )
@@ -47,6 +49,7 @@ _ERROR_OF: dict[Status, type[DmError]] = {
     Status.FENCED: HostFenced,
     Status.NOT_FOUND: ServiceNotFound,
     Status.EXISTS: ServiceExists,
+    Status.TABLE_FULL: ServiceTableFull,
 }
 
 

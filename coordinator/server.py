@@ -15,6 +15,8 @@ import logging
 import os
 import resource
 import socket
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,11 +28,13 @@ from dmrpc_cxl.fabric.liveness import is_alive, start_time
 from dmrpc_cxl.fabric.topology import make_runtime_dir, socket_path
 
 from .connection import Connection, TimeLimits
+from .directory import Directory
 from .frames import POOL, Frames
 from .hosts import Hosts
 from .ledger import Ledger, Policy
 from .listening import UnixListener, listen_tcp
 from .names import Names
+from .scrubber import Pace, Scrubber
 from .service import Parts, Service
 from .supply import Supply
 from .waits import Changes
@@ -38,7 +42,9 @@ from .waits import Changes
 log = logging.getLogger(__name__)
 
 THREADS = 4  # for looks at the whole device and reclaims, of which one runs at a time
+NICENESS = 10  # of the threads that reclaim: a busy CPU gives them a tenth of its time
 RECLAIM_SECONDS = 30.0  # a reclaim under way gets to end when the coordinator is stopped
+EPOCH_SECONDS = 0.25  # between looks whether another coordinator has taken over
 ACCEPT_PAUSE = 0.1  # seconds, when descriptors have run out
 
 
@@ -59,13 +65,17 @@ class Settings:
     limits: TimeLimits = field(default_factory=TimeLimits)
     recall_seconds: float = 1.0
     max_connections: int = 4096
+    take_over: bool = False
+    """Replace a coordinator that holds the device, whatever it is doing."""
+    pace: Pace = field(default_factory=Pace)
+    """Of the scrubber."""
 
 
 class LockedDevice:
     """The device, held against every other coordinator until `close`."""
 
-    def __init__(self, fabric: str) -> None:
-        """Open and lock the device of a fabric.
+    def __init__(self, fabric: str, *, take_over: bool = False) -> None:
+        """Open and lock the device of a fabric; with `take_over` do without the lock if need be.
 
         Raises:
             DeviceNotFound: there is none.
@@ -87,7 +97,7 @@ class LockedDevice:
         try:
             self.device = Device(self._fd)
             try:
-                self._lock(fabric)
+                self._lock(fabric, take_over)
             except BaseException:
                 self.device.close()
                 raise
@@ -95,10 +105,16 @@ class LockedDevice:
             os.close(self._fd)
             raise
 
-    def _lock(self, fabric: str) -> None:
+    def lock(self) -> bool:
+        """Take the lock; False while somebody else holds it."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            return False
+        return True
+
+    def _lock(self, fabric: str, take_over: bool) -> None:
+        if not self.lock() and not take_over:
             pid = self.device.superblock["coordinator_pid"]
             who = (
                 f"coordinator {pid} serves"
@@ -106,8 +122,9 @@ class LockedDevice:
                 else "somebody else is starting to serve or removing"
             )
             raise CoordinatorRunning(
-                f"{who} fabric {fabric}: stop that one first (dmrpc fabric inspect {fabric})"
-            ) from None
+                f"{who} fabric {fabric}: stop that one first (dmrpc fabric inspect {fabric}), "
+                "or replace it with --take-over"
+            )
         try:
             same = os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
         except FileNotFoundError:
@@ -117,7 +134,7 @@ class LockedDevice:
         found = self.device.superblock
         pid, started = found["coordinator_pid"], found["coordinator_start_time"]
         if pid and pid != os.getpid():
-            if is_alive(pid, started):
+            if is_alive(pid, started) and not take_over:
                 raise CoordinatorRunning(
                     f"coordinator {pid} serves fabric {fabric}, but has lost its lock: stop it first"
                 )
@@ -143,11 +160,15 @@ class Server:
         self._stop = asyncio.Event()
         self._connections: set[Connection] = set()
         self._listeners: list[socket.socket] = []
-        self._locked = LockedDevice(settings.fabric)
+        began = time.monotonic()
+        self.replaced = False
+        """Another coordinator has taken over from this one."""
+        self._locked = LockedDevice(settings.fabric, take_over=settings.take_over)
         try:
             if settings.socket is None:
                 make_runtime_dir(settings.fabric)
-            self._unix = UnixListener(settings.socket or socket_path(settings.fabric))
+            path = settings.socket or socket_path(settings.fabric)
+            self._unix = UnixListener(path, replace=settings.take_over)
             self._listeners.append(self._unix.socket)
             try:
                 if settings.tcp is not None:
@@ -161,20 +182,35 @@ class Server:
             self._locked.close()
             raise
         device = self._locked.device
+        # From here on an earlier coordinator that goes on after a pause changes nothing any more, and what
+        # is read of the device is ours to keep. Nobody is accepted before all is restored.
+        before = device.superblock
+        self._epoch = device.start_coordinator(
+            os.getpid(), start_time(os.getpid()) or 0, self._unix.path, *self._tcp_address()
+        )
+        device.fence_epoch = self._epoch
         superblock = device.superblock
         nr_frames: int = superblock["nr_frames"]
+        self._began = began
         self._threads = ThreadPoolExecutor(THREADS, "coordinator")
+        # Reclaiming and scrubbing leave the CPUs to hosts that are at work.
+        self._behind = ThreadPoolExecutor(THREADS, "behind", initializer=_step_back)
         changes = Changes()
-        names = Names()
+        directory = Directory(device, Names())
         ledger = Ledger.from_device(
             nr_frames, superblock["max_hosts"], device.free_runs(POOL), settings.policy
         )
         frames = Frames(device, ledger, self._threads)
-        self._hosts = Hosts(device, ledger, frames, names, changes, self._threads)
+        self._hosts = Hosts(device, ledger, frames, directory, changes, self._threads, self._behind)
         supply = Supply(device, ledger, frames, self._hosts, changes, settings.recall_seconds)
-        parts = Parts(device, ledger, names, self._hosts, supply, changes)
+        self._scrubber = Scrubber(device, self._hosts, self._behind, settings.pace)
+        self._hosts.when_reclaimed = self._scrubber.hurry
+        parts = Parts(device, ledger, directory, self._hosts, supply, changes, self._scrubber)
         self._changes = changes
-        self._service = Service(parts, self.stop)
+        self._service = Service(parts, self.stop, self.give_way)
+        self._hosts.when_replaced = self.give_way
+        if settings.take_over and before["coordinator_pid"]:
+            self._hosts.predecessor = before["coordinator_pid"], before["coordinator_start_time"]
 
     @property
     def where(self) -> str:
@@ -189,17 +225,18 @@ class Server:
     async def serve(self, ready: Callable[[Server], None]) -> None:
         """Restore, tell `ready`, serve until `stop`, and leave nothing behind."""
         accepting: list[asyncio.Task[None]] = []
-        epoch = 0
         try:
+            self._service.epoch = self._hosts.epoch = self._epoch
             await self._hosts.restore()
-            epoch = self._locked.device.start_coordinator(
-                os.getpid(), start_time(os.getpid()) or 0, self._unix.path, *self._tcp_address()
-            )
-            self._service.epoch = self._hosts.epoch = epoch
+            self._service.recovery_s = time.monotonic() - self._began
             for listener in self._listeners:
                 listener.setblocking(False)
                 accepting.append(self._loop.create_task(self._accept(listener)))
-            log.info("serving fabric %s, epoch %d, %s", self._settings.fabric, epoch, self.where)
+            accepting.append(self._loop.create_task(self._scrubber.run()))
+            accepting.append(self._loop.create_task(self._watch_epoch()))
+            log.info(
+                "serving fabric %s, epoch %d, %s", self._settings.fabric, self._epoch, self.where
+            )
             ready(self)
             await self._stop.wait()
             log.info("stopping")
@@ -208,7 +245,7 @@ class Server:
             for task in accepting:
                 task.cancel()
             await asyncio.gather(*accepting, return_exceptions=True)
-            await self._close(epoch)
+            await self._close()
 
     def _tcp_address(self) -> tuple[str, int]:
         if len(self._listeners) < 2:
@@ -216,12 +253,30 @@ class Server:
         host, port = self._listeners[1].getsockname()[:2]
         return host, port
 
-    async def _close(self, epoch: int) -> None:
+    async def _watch_epoch(self) -> None:
+        """Notice when another coordinator has taken over; and get the lock when it is to be had."""
+        locked = not self._settings.take_over
+        while True:
+            await asyncio.sleep(EPOCH_SECONDS)
+            if self._locked.device.epoch != self._epoch:
+                self.give_way()
+            locked = locked or self._locked.lock()
+
+    def give_way(self) -> None:
+        """Stop: another coordinator has taken over."""
+        if not self.replaced:
+            self.replaced = True
+            log.error(
+                "coordinator %d has taken over, epoch %d is over: this one stops and changes nothing",
+                self._locked.device.superblock["coordinator_pid"], self._epoch,
+            )  # fmt: skip
+            self.stop()
+
+    async def _close(self) -> None:
         self._unix.close()
         for listener in self._listeners:
             listener.close()
-        if epoch:
-            self._locked.device.stop_coordinator(epoch)
+        self._locked.device.stop_coordinator(self._epoch)
         self._changes.announce()  # whoever waits is told that it is of no use
         connections = list(self._connections)
         if connections:
@@ -237,6 +292,7 @@ class Server:
             logging.shutdown()
             os._exit(1)
         await self._loop.run_in_executor(None, self._threads.shutdown)
+        await self._loop.run_in_executor(None, self._behind.shutdown)
         self._locked.close()
 
     # ---------------------------------------------------------------- connections
@@ -267,6 +323,11 @@ class Server:
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
         self._hosts.forget(connection)
+
+
+def _step_back() -> None:
+    """Lower the priority of the calling thread."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def raise_descriptor_limit() -> None:

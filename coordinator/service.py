@@ -14,12 +14,14 @@ from dmrpc_cxl._native import LAYOUT, Device
 from dmrpc_cxl.errors import RemoteProtocolError
 
 from .connection import Connection
+from .directory import Directory
 from .hosts import Hosts
 from .ledger import Ledger, Run
 from .messages import Grant, Hello, HelloReply, MsgType, Register, Registered, Rejoin, Status
-from .names import Names, check_name
+from .names import check_name
 from .protocol import NEEDS_HOST, Request
 from .refusals import Refused
+from .scrubber import Scrubber
 from .supply import Supply
 from .waits import Changes
 
@@ -41,22 +43,28 @@ class Parts:
 
     device: Device
     ledger: Ledger
-    names: Names
+    directory: Directory
     hosts: Hosts
     supply: Supply
     changes: Changes
+    scrubber: Scrubber
 
 
 class Service:
     """The requests of one fabric."""
 
-    def __init__(self, parts: Parts, stop: Callable[[], None]) -> None:
-        """Answer from these parts; `stop` ends the coordinator."""
+    def __init__(
+        self, parts: Parts, stop: Callable[[], None], give_way: Callable[[], None]
+    ) -> None:
+        """Answer from these parts; `stop` ends the coordinator, `give_way` does if another took over."""
         self.epoch = 0
+        self.recovery_s = 0.0
+        """From the start of the process's work to the first request: what a restart costs."""
         self.stopping = False
         self.requests: Counter[str] = Counter()
         self._parts = parts
         self._stop = stop
+        self._give_way = give_way
         superblock = parts.device.superblock
         self._fabric_id: int = superblock["fabric_id"]
         self._fabric: str = superblock["name"]
@@ -79,6 +87,7 @@ class Service:
             MsgType.HOSTS: self._list_hosts,
             MsgType.SHUTDOWN: self._shutdown,
             MsgType.WAIT: self._wait,
+            MsgType.CHECK: self._check,
         }
 
     async def answer(self, connection: Connection, request: Request) -> Any:
@@ -88,6 +97,9 @@ class Service:
             DmError: the request is refused; refusals.status_of says how.
         """
         self.requests[request.type.name] += 1
+        if self._parts.device.epoch != self.epoch:  # what we know may be wrong by now
+            self._give_way()
+            self.stopping = True
         if self.stopping:
             # Hosts take a refusal for the last word, but wait for the next coordinator when this
             # one hangs up.
@@ -127,28 +139,33 @@ class Service:
 
     async def _publish(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         name, endpoint = check_name(ask.get("name")), ask.get("endpoint")
-        if endpoint is None or len(json.dumps(endpoint)) > MAX_ENDPOINT_BYTES:
+        if (
+            endpoint is None
+            or len(json.dumps(endpoint, separators=(",", ":"))) > MAX_ENDPOINT_BYTES
+        ):
             raise RemoteProtocolError(
                 f"an endpoint is a JSON value of at most {MAX_ENDPOINT_BYTES} bytes"
             )
         host = self._parts.hosts.of(connection)
-        self._parts.names.publish(name, endpoint, host.account.host)
+        self._parts.directory.publish(name, endpoint, host.account.host, host.account.incarnation)
         self._parts.changes.announce()
         return {}
 
     async def _withdraw(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         host = self._parts.hosts.of(connection)
-        self._parts.names.withdraw(check_name(ask.get("name")), host.account.host)
+        self._parts.directory.withdraw(check_name(ask.get("name")), host.account.host)
         return {}
 
     async def _lookup(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
-        return self._parts.names.lookup(check_name(ask.get("name"))).as_json()
+        return self._parts.directory.lookup(check_name(ask.get("name"))).as_json()
 
     async def _list(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         prefix = ask.get("prefix", "")
         if not isinstance(prefix, str):
             raise RemoteProtocolError("LIST: prefix is text")
-        return {"services": [found.as_json() for found in self._parts.names.with_prefix(prefix)]}
+        return {
+            "services": [found.as_json() for found in self._parts.directory.with_prefix(prefix)]
+        }
 
     async def _wait(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         seconds = ask.get("timeout", DEFAULT_WAIT_SECONDS)
@@ -174,7 +191,7 @@ class Service:
             return lambda: self._parts.hosts.nr_active >= wanted
         if hosts is None:
             service = check_name(name)
-            return lambda: service in self._parts.names
+            return lambda: service in self._parts.directory
         raise RemoteProtocolError("WAIT: either a number of hosts, or the name of a service")
 
     # ---------------------------------------------------------------- looking in from outside
@@ -202,6 +219,7 @@ class Service:
             "fabric": self._fabric,
             "epoch": self.epoch,
             "uptime_s": asyncio.get_running_loop().time() - self._started,
+            "recovery_s": self.recovery_s,
             "page_size": self._page_size,
             "pool": {
                 "nr_frames": ledger.nr_frames,
@@ -215,8 +233,17 @@ class Service:
             "hosts": self._host_rows(),
             "nr_reclaims": hosts.nr_reclaims,
             "reclaims": [asdict(reclaim) for reclaim in hosts.reclaims],
-            "names": [service.as_json() for service in self._parts.names],
+            "scrubber": self._parts.scrubber.as_json(),
+            "names": [service.as_json() for service in self._parts.directory.with_prefix()],
         }
+
+    async def _check(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
+        seconds, repair = ask.get("timeout", 1.0), ask.get("repair", False)
+        if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
+            raise RemoteProtocolError(f"CHECK: timeout is 0 to {MAX_WAIT_SECONDS:.0f} seconds")
+        if type(repair) is not bool:
+            raise RemoteProtocolError("CHECK: repair is true or false")
+        return await self._parts.scrubber.check(repair=repair, seconds=seconds)
 
     async def _shutdown(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
         self._stop()

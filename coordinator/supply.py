@@ -81,7 +81,12 @@ class Supply:
             try:
                 return self._frames.give(account, want, min_run)
             except OverQuota:
-                raise
+                # Frames that others have freed since are not its own any more: ask the words.
+                charged = host.account.charged
+                host.account.charged = self._device.owned().get(host.account.host, 0)
+                if host.account.charged >= charged:
+                    raise
+                continue
             except OutOfFrames:
                 if not deadline:
                     deadline = loop.time() + self._recall_seconds

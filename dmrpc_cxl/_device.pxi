@@ -4,7 +4,7 @@
 # A call that may take longer than a few microseconds releases the GIL. `users` counts the calls that are running so:
 # close() refuses to unmap the device under them.
 
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from dmrpc_cxl._layout cimport *
@@ -35,6 +35,10 @@ LAYOUT = {
     "REFCOUNT_MAX": DM_REFCOUNT_MAX,
     "HOST_ENTRY_BYTES": sizeof(dm_host_entry),
     "REF_ENTRY_BYTES": sizeof(dm_ref_entry),
+    "SERVICE_SLOT_BYTES": DM_SERVICE_SLOT_BYTES,
+    "SERVICE_SLOT_ROOM": DM_SERVICE_SLOT_ROOM,
+    "MAX_SERVICE_NAME": DM_MAX_SERVICE_NAME,
+    "MAX_SERVICE_ENDPOINT": DM_MAX_SERVICE_ENDPOINT,
     "REF_WIRE_BYTES": sizeof(dm_ref_wire),
     "REF_INLINE_RUNS": DM_REF_INLINE_RUNS,
     "REF_EXCLUSIVE": DM_REF_EXCLUSIVE,
@@ -51,6 +55,7 @@ LAYOUT = {
     "REF_LIVE": <int>DM_REF_LIVE,
     "REF_MAPPING": <int>DM_REF_MAPPING,
     "REF_DROPPING": <int>DM_REF_DROPPING,
+    "REF_CLONING": <int>DM_REF_CLONING,
     "INTENT_NONE": <int>DM_INTENT_NONE,
     "INTENT_ALLOC": <int>DM_INTENT_ALLOC,
     "INTENT_FREE_X": <int>DM_INTENT_FREE_X,
@@ -167,6 +172,7 @@ WIRE = {
         "HOSTS": <int>DM_MSG_HOSTS,
         "SHUTDOWN": <int>DM_MSG_SHUTDOWN,
         "WAIT": <int>DM_MSG_WAIT,
+        "CHECK": <int>DM_MSG_CHECK,
         "NOTIFY_RECALL": <int>DM_MSG_NOTIFY_RECALL,
         "NOTIFY_FENCED": <int>DM_MSG_NOTIFY_FENCED,
     },
@@ -184,6 +190,7 @@ WIRE = {
         "QUOTA": <int>DM_WIRE_QUOTA,
         "INTERNAL": <int>DM_WIRE_INTERNAL,
         "SHUTTING_DOWN": <int>DM_WIRE_SHUTTING_DOWN,
+        "TABLE_FULL": <int>DM_WIRE_TABLE_FULL,
     },
     "structs": _structs(),
 }
@@ -199,6 +206,8 @@ cdef dict _geometry_fields(const dm_superblock *sb):
         "max_refs": sb.max_refs,
         "host_table_off": sb.host_table_off,
         "ref_table_off": sb.ref_table_off,
+        "service_table_off": sb.service_table_off,
+        "nr_services": sb.nr_services,
         "frame_table_off": sb.frame_table_off,
         "page_table_off": sb.page_table_off,
         "ptes_per_host": sb.ptes_per_host,
@@ -275,6 +284,7 @@ cdef dict _host_fields(uint32_t host, dm_host_entry *entry):
         "vm_pieces": entry.vm_pieces,
         "frame_limit": entry.frame_limit,
         "registered_ns": entry.registered_ns,
+        "activity": entry.activity,
         "name": entry.name.decode("utf-8", "replace"),
         "intent": {
             "op": entry.intent.op,
@@ -286,9 +296,18 @@ cdef dict _host_fields(uint32_t host, dm_host_entry *entry):
             "pfn": entry.intent.pfn,
             "ref2": entry.intent.ref2,
             "old": entry.intent.old,
+            "died_in": entry.intent.died_in,
         },
         "counters": {name: entry.counters[i] for i, name in enumerate(_COUNTER_NAMES)},
     }
+
+
+cdef uint32_t _shift(uint32_t page_size) noexcept:
+    """Return the binary logarithm of a page size."""
+    cdef uint32_t shift = 0
+    while page_size >> shift > 1:
+        shift += 1
+    return shift
 
 
 cdef class Device:
@@ -479,7 +498,111 @@ cdef class Device:
         self.check_open("stop_coordinator")
         return bool(dm_device_stop_coordinator(&self.dev, epoch))
 
+    @property
+    def fence_epoch(self):
+        """The coordinators' epoch that every change through this object depends on; 0: none."""
+        return self.dev.fence_epoch
+
+    @fence_epoch.setter
+    def fence_epoch(self, uint64_t epoch):
+        self.check_open("fence_epoch")
+        self.dev.fence_epoch = epoch
+
+    @property
+    def epoch(self):
+        """The coordinators' epoch now."""
+        cdef dm_coordinator coordinator
+        self.check_open("epoch")
+        dm_device_coordinator(&self.dev, &coordinator)
+        return coordinator.epoch
+
+    # ------------------------------------------------------------ services
+
+    def services(self):
+        """List the entries of the service table by serial number, damaged ones included.
+
+        slot, serial, host, incarnation, damaged, name, endpoint; the last two are bytes, empty when damaged.
+        """
+        cdef dm_service *found = <dm_service *>malloc(sizeof(dm_service))
+        cdef uint32_t slot
+        cdef int status
+        cdef list entries = []
+        self.check_open("services")
+        if found == NULL:
+            raise MemoryError("services")
+        try:
+            for slot in range(self.dev.geo.nr_services):
+                status = dm_device_service(&self.dev, slot, found)
+                if status == 0:
+                    continue
+                text = <char *>found.text
+                good = status > 0
+                entries.append({
+                    "slot": slot,
+                    "serial": found.serial,
+                    "host": found.host,
+                    "incarnation": found.incarnation,
+                    "damaged": not good,
+                    "name": text[: found.name_bytes] if good else b"",
+                    "endpoint": text[found.name_bytes : found.name_bytes + found.endpoint_bytes]
+                    if good else b"",
+                })
+        finally:
+            free(found)
+        return sorted(entries, key=lambda entry: entry["serial"])
+
+    def publish(self, uint32_t host_id, uint64_t incarnation, bytes name, bytes endpoint):
+        """Add a service to the table and return (slot, serial). Raises BadSize, ServiceTableFull."""
+        cdef dm_error err = no_error()
+        cdef dm_service *what
+        cdef int status
+        self.check_open("publish")
+        if len(name) > DM_MAX_SERVICE_NAME or len(endpoint) > DM_MAX_SERVICE_ENDPOINT:
+            raise _errors.BadSize(
+                f"a name of {len(name)} bytes, an endpoint of {len(endpoint)}: at most "
+                f"{DM_MAX_SERVICE_NAME} and {DM_MAX_SERVICE_ENDPOINT} fit"
+            )
+        what = <dm_service *>malloc(sizeof(dm_service))
+        if what == NULL:
+            raise MemoryError("publish")
+        try:
+            memset(what, 0, sizeof(dm_service))
+            what.host = host_id
+            what.incarnation = incarnation
+            what.name_bytes = len(name)
+            what.endpoint_bytes = len(endpoint)
+            memcpy(what.text, <const char *>name, len(name))
+            memcpy(<char *>what.text + len(name), <const char *>endpoint, len(endpoint))
+            status = dm_device_publish(&self.dev, what, &err)
+            raise_status(status, &err, "publish")
+            dm_device_service(&self.dev, status, what)
+            return status, what.serial
+        finally:
+            free(what)
+
+    def withdraw(self, uint32_t slot, uint64_t serial):
+        """Free the entry of the service table with that serial number."""
+        cdef dm_error err = no_error()
+        self.check_open("withdraw")
+        raise_status(dm_device_withdraw(&self.dev, slot, serial, &err), &err, "withdraw")
+
     # ------------------------------------------------------------ hosts
+
+    def owned(self):
+        """Count the frames whose words name each owner, in use or free: {owner: frames}, the pool's left out."""
+        cdef uint64_t *counts = <uint64_t *>calloc(DM_MAX_HOSTS + 1, sizeof(uint64_t))
+        cdef dm_error err = no_error()
+        cdef uint32_t host
+        if counts == NULL:
+            raise MemoryError("owned")
+        try:
+            self.enter("owned")
+            with nogil:
+                dm_device_owned(&self.dev, counts)
+            self.leave(DM_OK, &err, "owned")
+            return {host: counts[host] for host in range(1, DM_MAX_HOSTS + 1) if counts[host]}
+        finally:
+            free(counts)
 
     def hosts(self):
         """List the host entries that are not free, as host() returns them."""
@@ -567,6 +690,60 @@ cdef class Device:
             })
         return found
 
+    def forget_refs(self):
+        """Free every Ref entry, counts untouched, and return how many: for a fabric in which nobody lives."""
+        self.check_open("forget_refs")
+        if not self.dev.writable:
+            raise _errors.SystemCallFailed(30, "forget_refs: the device was opened read-only")
+        return dm_scrub_forget_refs(&self.dev)
+
+    def holdings(self):
+        """List what holds frames: [(host, page, frame, count)] of page tables, [(entry, holder, frame, count)] of Refs.
+
+        Runs of consecutive pages and frames. A moment's view: on a fabric at work it may be out of date at once.
+        """
+        cdef uint32_t host, entry, pte, k
+        cdef uint64_t page, first_page = 0
+        cdef uint32_t first = 0, count = 0
+        cdef uint32_t *ptes
+        cdef dm_runs runs
+        cdef dm_ref_entry ref
+        cdef list mapped = [], held = []
+        self.check_open("holdings")
+        for host in range(1, self.dev.geo.max_hosts + 1):
+            if self.dev.hosts[host - 1].state == DM_HOST_FREE:
+                continue
+            ptes = self.dev.ptes + <uint64_t>(host - 1) * self.dev.geo.ptes_per_host
+            count = 0
+            for page in range(self.dev.geo.ptes_per_host):
+                pte = ptes[page]
+                if count and (not pte & DM_PTE_PRESENT or (pte & DM_PTE_PFN) != first + count):
+                    mapped.append((host, first_page, first, count))
+                    count = 0
+                if pte & DM_PTE_PRESENT:
+                    if count == 0:
+                        first = pte & DM_PTE_PFN
+                        first_page = page
+                    count += 1
+            if count:
+                mapped.append((host, first_page, first, count))
+        for entry in range(self.dev.geo.max_refs):
+            if self.dev.refs[entry].state & 0xff == DM_REF_FREE:
+                continue
+            if not dm_device_ref(&self.dev, entry, &ref) or dm_ref_state(ref.state) < DM_REF_LIVE:
+                continue
+            dm_runs_init(&runs)
+            if dm_runs_of_entry(&ref, <const char *>self.dev.data,
+                                _shift(self.dev.geo.page_size),
+                                <uint32_t>self.dev.geo.nr_frames, &runs) == DM_OK:
+                for k in range(runs.nr):
+                    if runs.list[k].pfn != DM_NO_FRAME:
+                        held.append(
+                            (entry, dm_ref_holder(ref.state), runs.list[k].pfn, runs.list[k].count)
+                        )
+            dm_runs_free(&runs)
+        return mapped, held
+
     def audit(self):
         """Account for every frame: compare refcounts with mappings and Refs, and owners with hosts.
 
@@ -610,3 +787,121 @@ cdef class Device:
             }
         finally:
             free(found)
+
+
+cdef dict _SUSPICIONS = {
+    DM_SCRUB_LEAKED: "leaked",
+    DM_SCRUB_MISSING: "missing",
+    DM_SCRUB_ORPHAN: "orphan",
+    DM_SCRUB_BAD_OWNER: "bad owner",
+}
+
+
+cdef class Scrub:
+    """Accounting for every frame of a device in use, in slices; csrc/scrub.h says what is certain when."""
+
+    cdef dm_scrub *s
+    cdef Device device
+    cdef bint busy
+
+    def __cinit__(self, Device device not None):
+        cdef dm_error err = no_error()
+        cdef int status
+        self.device = device
+        device.check_open("scrub")
+        status = dm_scrub_new(&device.dev, &self.s, &err)
+        raise_status(status, &err, "scrub")
+
+    def __dealloc__(self):
+        dm_scrub_free(self.s)
+
+    cdef int begin(self, str operation) except -1:
+        if self.busy:
+            raise _errors.BufferInUse(f"{operation}: another thread is using this Scrub")
+        self.device.enter(operation)
+        self.busy = True
+        return 0
+
+    cdef int end(self, int status, dm_error *err, str operation) except -1:
+        self.busy = False
+        self.device.leave(status, err, operation)
+        return 0
+
+    def step(self, double seconds):
+        """Go on with the look for about so long; True when it is complete."""
+        cdef dm_error err = no_error()
+        cdef dm_bool done = False
+        cdef int status
+        cdef uint64_t budget = <uint64_t>(seconds * 1e9)
+        self.begin("scrub")
+        with nogil:
+            status = dm_scrub_step(self.s, budget, &done, &err)
+        self.end(status, &err, "scrub")
+        return bool(done)
+
+    def settle(self, uint32_t min_looks, bint repair=False):
+        """Make certain of what min_looks looks in a row found, and take back what nothing holds.
+
+        Between two looks only. False: hosts were at work, and nothing is known.
+        """
+        cdef dm_error err = no_error()
+        cdef dm_bool quiet = False
+        cdef int status
+        self.begin("settle")
+        with nogil:
+            status = dm_scrub_settle(self.s, &self.device.dev, min_looks, repair, &quiet, &err)
+        self.end(status, &err, "settle")
+        return bool(quiet)
+
+    @property
+    def looks(self):
+        """Number of looks completed."""
+        return self.s.nr_looks
+
+    @property
+    def accounting(self):
+        """What the last complete look counted, by name; "bad_entry" says which entry makes no sense, or is empty."""
+        cdef dm_scrub_look look = self.s.last
+        return {
+            "pool": look.pool,
+            "free": look.free,
+            "in_use": look.in_use,
+            "mapped_pages": look.mapped_pages,
+            "hole_pages": look.hole_pages,
+            "live_refs": look.refs,
+            "ref_pages": look.ref_pages,
+            "in_flight": look.in_flight,
+            "bad_entries": look.bad_entries,
+            "bad_entry": self.s.bad_entry.decode("utf-8", "replace"),
+        }
+
+    @property
+    def suspects(self):
+        """Frames that the last look found wrong: dicts by frame.
+
+        pfn, kind ("leaked", "missing", "orphan", "bad owner"), refcount, expected, owner, looks (in a row), certain,
+        repaired, host and op: whose intent record names the frame, 0 for nobody's. expected counts once settled.
+        """
+        cdef dm_suspect *f
+        cdef uint32_t i
+        found = []
+        for i in range(self.s.nr_suspects):
+            f = <dm_suspect *>self.s.suspects + i
+            found.append({
+                "pfn": f.pfn,
+                "kind": _SUSPICIONS.get(f.kind, "none"),
+                "refcount": dm_frame_refcount(f.word),
+                "expected": f.expected,
+                "owner": dm_frame_owner(f.word),
+                "looks": f.looks,
+                "certain": f.settled > 0,
+                "repaired": f.settled > 1,
+                "host": f.host,
+                "op": f.op,
+            })
+        return found
+
+    @property
+    def nr_overlooked(self):
+        """Number of suspects that were too many to keep, in the last look."""
+        return self.s.nr_overflowed

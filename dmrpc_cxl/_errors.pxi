@@ -40,6 +40,8 @@ cdef dict _EXCEPTIONS = {
     DM_ERR_OUT_OF_FRAMES: (_errors.OutOfFrames, "no free frames"),
     DM_ERR_NO_REF_SLOT: (_errors.RefTableFull, "every entry of the Ref table is in use"),
     DM_ERR_NO_ADDRESS_SPACE: (_errors.AddressSpaceFull, "the VMA area has no free range of that size"),
+    DM_ERR_NO_SERVICE_SLOT: (_errors.ServiceTableFull, "the device's service table is full"),
+    DM_ERR_REPLACED: (_errors.CoordinatorReplaced, "another coordinator has taken over"),
     DM_ERR_DEVICE_FULL: (_errors.DeviceFull, "the file system that holds the device is full"),
     DM_ERR_UFFD_DENIED: (
         _errors.UserfaultfdUnavailable,
@@ -72,6 +74,9 @@ cdef dict _REFUSALS = {
     DM_WIRE_FENCED: _errors.HostFenced,
     DM_WIRE_NOT_FOUND: _errors.ServiceNotFound,
     DM_WIRE_EXISTS: _errors.ServiceExists,
+    DM_WIRE_TABLE_FULL: _errors.ServiceTableFull,
+    DM_WIRE_QUOTA: _errors.OverQuota,
+    DM_WIRE_NO_HOST_SLOT: _errors.NoHostSlot,
 }
 
 
@@ -82,6 +87,8 @@ cdef object _exception(int status, dm_error *err, object operation):
     kind, default = _EXCEPTIONS[status]
     if status == DM_ERR_COORDINATOR_REFUSED:
         kind = _REFUSALS.get(err.wire_status, kind)
+    elif status == DM_ERR_OUT_OF_FRAMES and err.wire_status == DM_WIRE_QUOTA:
+        kind = _errors.OverQuota
     message = f"{operation}: {err.text.decode('utf-8', 'replace') if err.text[0] else default}"
     if err.address:
         message += f" (address {err.address:#x})"

@@ -2,40 +2,23 @@
 #
 # Native since each call has four of them, and in Python they cost more than everything else about a small call.
 
-cdef packed struct frame_header:
-    uint32_t size
-    uint8_t kind
-    uint8_t flags
-    uint16_t nr_refs
-    uint64_t call_id
-    uint64_t time_left_us
-    uint32_t method
-    uint32_t meta_bytes
-    uint32_t body_bytes
-    uint32_t inline_at
+# The header and its limits are csrc/frame.h, which relay.c goes by as well.
+
+from dmrpc_cxl._relayc cimport *
 
 cdef enum:
-    FRAME_HEADER_BYTES = 40
-    FRAME_REF_BYTES = 40
-    FRAME_FIRST_KIND = 1
-    FRAME_LAST_KIND = 8
-    FRAME_KNOWN_FLAGS = 15
-    FRAME_MAX_REFS = 0xFFFF
-    FRAME_MAX_META_BYTES = 64 << 10
-    FRAME_MAX_BYTES = 1 << 30
-    FRAME_ALIGNMENT = 64
     FRAME_COPIED_BYTES = 1024  # of a body: copying so little is cheaper than a memoryview
 
 FRAME_LIMITS = {
-    "header_bytes": FRAME_HEADER_BYTES,
-    "ref_bytes": FRAME_REF_BYTES,
-    "first_kind": FRAME_FIRST_KIND,
-    "last_kind": FRAME_LAST_KIND,
-    "known_flags": FRAME_KNOWN_FLAGS,
-    "max_refs": FRAME_MAX_REFS,
-    "max_meta_bytes": FRAME_MAX_META_BYTES,
-    "max_bytes": FRAME_MAX_BYTES,
-    "alignment": FRAME_ALIGNMENT,
+    "header_bytes": DM_FRAME_HEADER,
+    "ref_bytes": DM_FRAME_REF,
+    "first_kind": DM_FRAME_FIRST_KIND,
+    "last_kind": DM_FRAME_LAST_KIND,
+    "known_flags": DM_FRAME_KNOWN_FLAGS,
+    "max_refs": DM_FRAME_MAX_REFS,
+    "max_meta_bytes": DM_FRAME_MAX_META,
+    "max_bytes": DM_FRAME_MAX_BYTES,
+    "alignment": DM_FRAME_ALIGNMENT,
 }
 
 
@@ -63,12 +46,12 @@ cdef class Frame:
     @property
     def refs(self):
         """The Refs, 40 bytes each."""
-        return memoryview(self.data)[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + FRAME_REF_BYTES * self.nr_refs]
+        return memoryview(self.data)[DM_FRAME_HEADER : DM_FRAME_HEADER + DM_FRAME_REF * self.nr_refs]
 
     @property
     def meta(self):
         """The call's metadata, msgpack; may be empty."""
-        cdef Py_ssize_t at = FRAME_HEADER_BYTES + FRAME_REF_BYTES * self.nr_refs
+        cdef Py_ssize_t at = DM_FRAME_HEADER + DM_FRAME_REF * self.nr_refs
         return memoryview(self.data)[at : at + self.meta_bytes]
 
     def __repr__(self):
@@ -82,31 +65,19 @@ def parse_frame(data):
         RemoteProtocolError: it says something that cannot be.
     """
     cdef Py_buffer view
-    cdef frame_header h
+    cdef dm_frame h
+    cdef dm_error err
     cdef Frame frame
     cdef uint64_t at, end
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
-        if view.len < FRAME_HEADER_BYTES:
+        if view.len < DM_FRAME_HEADER:
             raise _errors.RemoteProtocolError(f"a frame of {view.len} bytes has no header")
-        memcpy(&h, view.buf, FRAME_HEADER_BYTES)
-        at = FRAME_HEADER_BYTES + FRAME_REF_BYTES * <uint64_t>h.nr_refs + h.meta_bytes
+        memcpy(&h, view.buf, DM_FRAME_HEADER)
+        if dm_frame_check(&h, view.len, &err):
+            raise _errors.RemoteProtocolError(err.text.decode("utf-8", "replace"))
+        at = DM_FRAME_HEADER + DM_FRAME_REF * <uint64_t>h.nr_refs + h.meta_bytes
         end = at + h.body_bytes
-        if h.size != view.len:
-            raise _errors.RemoteProtocolError(f"a frame of {view.len} bytes says that it has {h.size}")
-        if not FRAME_FIRST_KIND <= h.kind <= FRAME_LAST_KIND:
-            raise _errors.RemoteProtocolError(f"a frame of unknown kind {h.kind}")
-        if h.flags & ~FRAME_KNOWN_FLAGS:
-            raise _errors.RemoteProtocolError(f"a frame with unknown flags {h.flags:#x}")
-        if h.meta_bytes > FRAME_MAX_META_BYTES:
-            raise _errors.RemoteProtocolError(
-                f"{h.meta_bytes} bytes of metadata; {FRAME_MAX_META_BYTES} are allowed"
-            )
-        if h.inline_at:
-            if h.inline_at % FRAME_ALIGNMENT or not end <= h.inline_at <= h.size:
-                raise _errors.RemoteProtocolError(f"inline data cannot begin at byte {h.inline_at} of {h.size}")
-        elif end != h.size:
-            raise _errors.RemoteProtocolError(f"the parts of a frame of {h.size} bytes have {end}")
         frame = Frame.__new__(Frame)
         frame.kind = h.kind
         frame.flags = h.flags
@@ -144,19 +115,19 @@ def frame_head(
         LocalProtocolError: it would be larger than a frame can be.
     """
     cdef Py_ssize_t ref_bytes = len(refs), meta_bytes = len(meta), body_bytes = len(body)
-    cdef Py_ssize_t end = FRAME_HEADER_BYTES + ref_bytes + meta_bytes + body_bytes
+    cdef Py_ssize_t end = DM_FRAME_HEADER + ref_bytes + meta_bytes + body_bytes
     cdef Py_ssize_t inline_at = 0, length = end, size = end
-    cdef Py_ssize_t nr_refs = ref_bytes // FRAME_REF_BYTES
-    cdef frame_header h
+    cdef Py_ssize_t nr_refs = ref_bytes // DM_FRAME_REF
+    cdef dm_frame h
     cdef bytes out
     cdef char *to
     if inline_bytes:
-        inline_at = length = (end + FRAME_ALIGNMENT - 1) // FRAME_ALIGNMENT * FRAME_ALIGNMENT
+        inline_at = length = (end + DM_FRAME_ALIGNMENT - 1) // DM_FRAME_ALIGNMENT * DM_FRAME_ALIGNMENT
         size = inline_at + inline_bytes
-    if size > FRAME_MAX_BYTES or nr_refs > FRAME_MAX_REFS or meta_bytes > FRAME_MAX_META_BYTES:
+    if size > DM_FRAME_MAX_BYTES or nr_refs > DM_FRAME_MAX_REFS or meta_bytes > DM_FRAME_MAX_META:
         raise _errors.LocalProtocolError(
             f"a message of {size} bytes with {nr_refs} Refs and {meta_bytes} bytes of metadata; allowed are "
-            f"{FRAME_MAX_BYTES}, {FRAME_MAX_REFS} and {FRAME_MAX_META_BYTES}: send large arguments by Ref, and fewer of them"
+            f"{DM_FRAME_MAX_BYTES}, {DM_FRAME_MAX_REFS} and {DM_FRAME_MAX_META}: send large arguments by Ref, and fewer of them"
         )
     h.size = <uint32_t>size
     h.kind = <uint8_t>kind
@@ -170,8 +141,8 @@ def frame_head(
     h.inline_at = <uint32_t>inline_at
     out = PyBytes_FromStringAndSize(NULL, length)
     to = PyBytes_AS_STRING(out)
-    memcpy(to, &h, FRAME_HEADER_BYTES)
-    to += FRAME_HEADER_BYTES
+    memcpy(to, &h, DM_FRAME_HEADER)
+    to += DM_FRAME_HEADER
     if ref_bytes:
         refs = bytes(refs)
         memcpy(to, PyBytes_AS_STRING(refs), ref_bytes)

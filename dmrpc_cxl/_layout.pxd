@@ -24,6 +24,7 @@ cdef extern from "csrc/status.h" nogil:
         DM_ERR_NO_REF_SLOT
         DM_ERR_NO_ADDRESS_SPACE
         DM_ERR_DEVICE_FULL
+        DM_ERR_NO_SERVICE_SLOT
         DM_ERR_UFFD_DENIED
         DM_ERR_UFFD_FEATURE
         DM_ERR_SYSTEM
@@ -35,6 +36,7 @@ cdef extern from "csrc/status.h" nogil:
         DM_ERR_DEADLINE
         DM_ERR_FENCED
         DM_ERR_PEER_GONE
+        DM_ERR_REPLACED
         DM_AGAIN_BLOCKING
 
     cdef struct dm_error:
@@ -66,6 +68,10 @@ cdef extern from "csrc/layout.h" nogil:
     const uint32_t DM_REF_EXCLUSIVE
     const uint32_t DM_REF_INLINE_RUNS
     const uint32_t DM_REF_MAGIC
+    const uint32_t DM_MAX_SERVICE_NAME
+    const uint32_t DM_MAX_SERVICE_ENDPOINT
+    const uint32_t DM_SERVICE_SLOT_BYTES
+    const uint32_t DM_SERVICE_SLOT_ROOM
 
     cdef enum dm_host_state:
         DM_HOST_FREE
@@ -92,6 +98,7 @@ cdef extern from "csrc/layout.h" nogil:
         DM_REF_LIVE
         DM_REF_MAPPING
         DM_REF_DROPPING
+        DM_REF_CLONING
 
     cdef struct dm_superblock:
         uint64_t magic
@@ -104,6 +111,8 @@ cdef extern from "csrc/layout.h" nogil:
         uint32_t max_refs
         uint64_t host_table_off
         uint64_t ref_table_off
+        uint64_t service_table_off
+        uint64_t nr_services
         uint64_t frame_table_off
         uint64_t page_table_off
         uint64_t ptes_per_host
@@ -124,6 +133,7 @@ cdef extern from "csrc/layout.h" nogil:
         uint32_t pfn
         uint32_t ref2
         uint64_t old
+        uint64_t died_in
 
     cdef struct dm_host_entry:
         uint32_t state
@@ -136,6 +146,7 @@ cdef extern from "csrc/layout.h" nogil:
         uint32_t vm_pieces
         uint32_t frame_limit
         uint64_t registered_ns
+        uint64_t activity
         dm_intent intent
         char name[64]
         uint64_t counters[96]
@@ -197,6 +208,7 @@ cdef extern from "csrc/wire.h" nogil:
         DM_MSG_HOSTS
         DM_MSG_SHUTDOWN
         DM_MSG_WAIT
+        DM_MSG_CHECK
         DM_MSG_NOTIFY_RECALL
         DM_MSG_NOTIFY_FENCED
 
@@ -214,6 +226,7 @@ cdef extern from "csrc/wire.h" nogil:
         DM_WIRE_QUOTA
         DM_WIRE_INTERNAL
         DM_WIRE_SHUTTING_DOWN
+        DM_WIRE_TABLE_FULL
 
     cdef struct dm_msg_header:
         uint32_t magic
@@ -275,6 +288,7 @@ cdef extern from "csrc/device.h" nogil:
     cdef struct dm_device:
         int fd
         dm_bool writable
+        uint64_t fence_epoch
         dm_superblock geo
         uint8_t *base
         dm_superblock *sb
@@ -323,6 +337,20 @@ cdef extern from "csrc/device.h" nogil:
 
     const dm_counter_info dm_device_counters[]
 
+    cdef struct dm_service:
+        uint32_t slot
+        uint32_t host
+        uint64_t incarnation
+        uint64_t serial
+        uint32_t name_bytes
+        uint32_t endpoint_bytes
+        char text[1]  # as long as C says
+
+    int dm_device_service(const dm_device *dev, uint32_t slot, dm_service *out) noexcept
+    int dm_device_publish(dm_device *dev, const dm_service *what, dm_error *err) noexcept
+    int dm_device_withdraw(dm_device *dev, uint32_t slot, uint64_t serial, dm_error *err) noexcept
+    void dm_device_owned(const dm_device *dev, uint64_t *counts) noexcept
+
     int dm_device_geometry(dm_superblock *out, uint64_t data_bytes, uint32_t page_size,
                            uint32_t max_hosts, uint32_t max_refs, dm_error *err) noexcept
     int dm_device_format(int fd, const char *name, const dm_superblock *geo,
@@ -360,3 +388,60 @@ cdef extern from "csrc/recover.h" nogil:
         uint64_t duration_ns
 
     int dm_recover_host(dm_device *dev, uint32_t host, dm_recovery *out, dm_error *e)
+
+
+cdef extern from "csrc/scrub.h" nogil:
+    const uint32_t DM_SCRUB_MAX_SUSPECTS
+
+    cdef enum dm_scrub_kind:
+        DM_SCRUB_LEAKED
+        DM_SCRUB_MISSING
+        DM_SCRUB_ORPHAN
+        DM_SCRUB_BAD_OWNER
+
+    cdef struct dm_suspect:
+        uint32_t pfn
+        uint32_t expected
+        uint64_t word
+        uint32_t kind
+        uint32_t looks
+        uint32_t settled
+        uint32_t host
+        uint32_t op
+
+    cdef struct dm_scrub_look:
+        uint64_t pool
+        uint64_t free
+        uint64_t in_use
+        uint64_t mapped_pages
+        uint64_t hole_pages
+        uint64_t refs
+        uint64_t ref_pages
+        uint64_t bad_entries
+        uint64_t in_flight
+
+    cdef struct dm_scrub:
+        dm_scrub_look last
+        uint64_t nr_looks
+        dm_suspect suspects[1]  # as many as C says
+        uint32_t nr_suspects
+        uint32_t nr_overflowed
+        char bad_entry[192]
+
+    int dm_scrub_new(const dm_device *dev, dm_scrub **out, dm_error *err) noexcept
+    void dm_scrub_free(dm_scrub *s) noexcept
+    int dm_scrub_step(dm_scrub *s, uint64_t budget_ns, dm_bool *done, dm_error *err) noexcept
+    int dm_scrub_settle(dm_scrub *s, dm_device *dev, uint32_t min_looks, bint repair,
+                        dm_bool *quiet, dm_error *err) noexcept
+    uint32_t dm_scrub_forget_refs(dm_device *dev) noexcept
+
+
+cdef extern from "csrc/dm.h" nogil:
+    cdef struct dm_runs:
+        dm_run *list
+        uint32_t nr
+
+    void dm_runs_init(dm_runs *r) noexcept
+    void dm_runs_free(dm_runs *r) noexcept
+    int dm_runs_of_entry(const dm_ref_entry *entry, const char *physmap, uint32_t page_shift,
+                         uint32_t nr_frames, dm_runs *r) noexcept

@@ -1,5 +1,6 @@
 """Types of the native module: the only boundary between Python and C."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -97,6 +98,33 @@ class Device:
     def stop_coordinator(self, epoch: int) -> bool:
         """Take it out; False, and nothing changed, when a later coordinator has taken over."""
 
+    @property
+    def fence_epoch(self) -> int:
+        """The epoch that every change through this object depends on; 0: none. May be set."""
+
+    @fence_epoch.setter
+    def fence_epoch(self, epoch: int) -> None: ...
+    @property
+    def epoch(self) -> int:
+        """The coordinators' epoch now."""
+
+    def services(self) -> list[dict[str, Any]]:
+        """List the service table by serial number, damaged entries included.
+
+        slot, serial, host, incarnation, damaged, name, endpoint; name and endpoint are bytes.
+        """
+
+    def publish(
+        self, host_id: int, incarnation: int, name: bytes, endpoint: bytes
+    ) -> tuple[int, int]:
+        """Add a service and return (slot, serial). Raises BadSize, ServiceTableFull."""
+
+    def withdraw(self, slot: int, serial: int) -> None:
+        """Free the entry of the service table with that serial number."""
+
+    def owned(self) -> dict[int, int]:
+        """Count the frames whose words name each host, in use or free."""
+
     def activate_host(
         self, host_id: int, pid: int, start_time: int, incarnation: int, name: str, frame_limit: int
     ) -> None:
@@ -109,6 +137,12 @@ class Device:
         """Swap one of LAYOUT["HOST_*"] for another; False when the state was not expect."""
 
     def reclaim_host(self, host_id: int) -> dict[str, int]: ...
+    def forget_refs(self) -> int:
+        """Free every Ref entry, counts untouched: for a fabric in which nobody lives."""
+
+    def holdings(self) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
+        """List (host, page, frame, count) of page tables and (entry, holder, frame, count) of Refs."""
+
     def audit(self) -> dict[str, Any]:
         """Account for every frame: exact on a quiescent fabric, else perhaps transient.
 
@@ -116,6 +150,32 @@ class Device:
         ref_pages, overflow_frames, in_flight, nr_violations, violations (the first 64, as
         (frame or None, text)).
         """
+
+class Scrub:
+    """Accounting for every frame of a device in use, in slices."""
+
+    def __init__(self, device: Device) -> None: ...
+    def step(self, seconds: float) -> bool:
+        """Go on with the look for about so long; True when it is complete."""
+
+    def settle(self, min_looks: int, repair: bool = False) -> bool:
+        """Make certain of suspects, and repair; False when hosts were at work and nothing is known."""
+
+    @property
+    def looks(self) -> int:
+        """Number of looks completed."""
+
+    @property
+    def accounting(self) -> dict[str, Any]:
+        """What the last complete look counted."""
+
+    @property
+    def suspects(self) -> list[dict[str, Any]]:
+        """Frames that the last look found wrong."""
+
+    @property
+    def nr_overlooked(self) -> int:
+        """Number of suspects that were too many to keep."""
 
 # ---------------------------------------------------------------- host (_host.pxi)
 
@@ -275,9 +335,7 @@ class Ring:
     def spin_us(self) -> int: ...
     @spin_us.setter
     def spin_us(self, value: float) -> None: ...
-    def send(
-        self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], timeout: float | None = None
-    ) -> None:
+    def send(self, parts: Buffer_ | Sequence[Buffer_], timeout: float | None = None) -> None:
         """Send what the parts hold together, and wait for room if need be.
 
         Raises DeadlineExceeded, or PeerLost when peer_fd has ended. If nothing had gone out, nothing
@@ -285,7 +343,7 @@ class Ring:
         text says so, and later sends raise RingClosed.
         """
 
-    def try_send(self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0) -> int:
+    def try_send(self, parts: Buffer_ | Sequence[Buffer_], skip: int = 0) -> int:
         """Write what fits, from byte `skip` of the whole on, and return how many bytes that was.
 
         If that was not all, our bell rings once half the ring is free.
@@ -401,3 +459,78 @@ def frame_head(
     time_left_us: int = 0,
     inline_bytes: int = 0,
 ) -> bytes: ...
+
+RELAY_TIMEOUT: int
+RELAY_KICK: int
+RELAY_FD: int
+RELAY_ENDED: int
+RELAY_BROKE: int
+RELAY_LEAVING: int
+
+class Relay:
+    """The connections of a load balancer, and the loop that passes frames on between them.
+
+    One thread runs and changes it; MisuseError in another one while it runs. kick and the counters are for all.
+    """
+
+    def __init__(
+        self,
+        max_waiting: int,
+        max_peers: int,
+        max_backlog: int,
+        overloaded: bytes,
+        unreachable: bytes,
+    ) -> None:
+        """Make one without connections.
+
+        Args:
+            max_waiting: calls without reply; more are answered with the frame `overloaded`.
+            max_peers: connections.
+            max_backlog: bytes kept for one that does not read; it is dropped after that.
+            unreachable: ERROR frame for calls when there is no backend.
+        """
+
+    def add(
+        self, ring: Ring | None, fd: int, backend: bool, max_frame: int, rest: bytes = b""
+    ) -> int:
+        """Take over a connection, and return its key: a ring and the socket that ends with it, or a socket alone.
+
+        The descriptors stay the caller's; rest was read from the socket already.
+        """
+
+    def remove(self, key: int, lost: bytes) -> int:
+        """Forget a connection and see to its calls; return how many calls this backend was given.
+
+        A client's calls are cancelled. A backend's are answered with the ERROR frame `lost`.
+        """
+
+    def leave_out(self, key: int) -> None:
+        """Give a backend no more calls."""
+
+    def watch(self, fd: int) -> None:
+        """Have run return when a descriptor is readable."""
+
+    def unwatch(self, fd: int) -> None:
+        """Watch a descriptor no longer; before it is closed."""
+
+    def run(self, timeout: float | None = None) -> tuple[int, int, str]:
+        """Pass frames on until there is something for the caller: what, key or descriptor, text.
+
+        RELAY_FD: a watched descriptor is readable. RELAY_ENDED, RELAY_BROKE: a connection is to be removed; in the second
+        case its peer may be told why. RELAY_LEAVING: a backend takes no more calls.
+        """
+
+    def kick(self) -> None:
+        """Make run return, now or when it is called next."""
+
+    def forwarded(self, key: int) -> int:
+        """Return how many calls a backend was given; 0 once it is removed."""
+
+    @property
+    def nr_forwarded(self) -> int: ...
+    @property
+    def bytes_forwarded(self) -> int: ...
+    @property
+    def nr_waiting(self) -> int: ...
+    def close(self) -> None:
+        """Let go of everything but the connections' own descriptors. Idempotent."""

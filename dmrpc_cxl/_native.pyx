@@ -5,6 +5,8 @@ _errors.pxi  statuses become exceptions
 _device.pxi  the device file, for the coordinator and the tools
 _host.pxi    the DM layer of this process: Host, Buffer, Ref
 _ring.pxi    frames through shared memory to another process: Ring, WaitSet
+_frames.pxi  headers of RPC frames
+_relay.pxi   frames passed on between connections: Relay
 """
 
 include "_errors.pxi"
@@ -12,3 +14,4 @@ include "_device.pxi"
 include "_host.pxi"
 include "_ring.pxi"
 include "_frames.pxi"
+include "_relay.pxi"

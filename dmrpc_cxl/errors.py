@@ -19,12 +19,16 @@ The first level says whose fault it is::
     │   ├── DeviceExists (FileExistsError)  a live fabric is in the way
     │   ├── NotADevice, DeviceTruncated, DeviceVersionMismatch, DeviceCorrupt
     │   ├── OutOfFrames (MemoryError)
+    │   │   └── OverQuota                   this host holds as many as it may
+    │   ├── NoHostSlot                      the device has as many hosts as it was made for
     │   ├── RefTableFull (MemoryError)
+    │   ├── ServiceTableFull (MemoryError)
     │   ├── AddressSpaceFull (MemoryError)
     │   └── DeviceFull (OSError)            /dev/shm has no room
     ├── EnvironmentFault            the machine's or its settings'
     │   ├── UserfaultfdUnavailable (PermissionError)
     │   ├── DescriptorLost (OSError)        closed behind our back
+    │   ├── CoordinatorReplaced             told to a coordinator that was thought dead
     │   └── SystemCallFailed (OSError)
     └── PeerError                   another process's
         ├── CoordinatorLost (ConnectionError)
@@ -133,6 +137,18 @@ class OutOfFrames(DeviceError, MemoryError):
     """Neither this host nor the coordinator has enough free frames; nothing was changed."""
 
 
+class OverQuota(OutOfFrames):
+    """The host holds as many frames as it may."""
+
+
+class NoHostSlot(DeviceError):
+    """Every host slot of the device is taken."""
+
+
+class ServiceTableFull(DeviceError, MemoryError):
+    """The device's service table has no room for the name and its endpoint."""
+
+
 class RefTableFull(DeviceError, MemoryError):
     """Every entry of the device's Ref table is in use."""
 
@@ -158,6 +174,10 @@ class UserfaultfdUnavailable(EnvironmentFault, PermissionError):
 
 class DescriptorLost(EnvironmentFault, OSError):
     """A file descriptor of the DM layer was closed behind its back."""
+
+
+class CoordinatorReplaced(EnvironmentFault):
+    """Another coordinator serves the device since; this one may change nothing any more."""
 
 
 class SystemCallFailed(EnvironmentFault, OSError):

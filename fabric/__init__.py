@@ -11,6 +11,8 @@ Map of the package:
     output.py      their lines on one output
     interrupts.py  signals to the launcher
     leftovers.py   what a launcher that was killed has left
+    fsck.py        accounting for every frame, live or dead, and repairing
+    check.py       ``dmrpc fsck``
     place.py       for programs: where the launcher has put them, and joining the fabric
     call.py        for programs: a function as a host
     run.py         ``dmrpc fabric run``

@@ -23,12 +23,21 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+# Programs that are started later set it by themselves, in an interpreter that then becomes the program.
+_START_LATE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
@@ -36,9 +45,15 @@ class Child:
     """A program in a session of its own; its output comes out of `pipe`."""
 
     def __init__(
-        self, name: str, argv: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+        *,
+        late: bool = False,
     ) -> None:
-        """Start it; main thread only, and before other threads are started."""
+        """Start it; main thread only, and before other threads are started, unless `late`."""
         self.name = name
         self.status: int | None = None
         """Exit status as shells count it, 128 + n for signal n; None until collect()."""
@@ -52,14 +67,14 @@ class Child:
 
         try:
             self._process = subprocess.Popen(
-                argv,
+                [sys.executable, "-IS", "-c", _START_LATE, str(launcher), *argv] if late else argv,
                 stdin=subprocess.DEVNULL,
                 stdout=write,
                 stderr=write,
                 env=env,
                 pass_fds=pass_fds,
                 start_new_session=True,
-                preexec_fn=die_with_launcher,  # noqa: PLW1509 - there are no threads yet
+                preexec_fn=None if late else die_with_launcher,  # noqa: PLW1509 - there are no threads yet
             )
         except BaseException:
             os.close(self.pipe)

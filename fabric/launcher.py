@@ -37,6 +37,9 @@ TIMED_OUT = 124  # as timeout(1)
 FAILED = 1
 START_SECONDS = 30.0  # for the coordinator to serve, and for hosts to be attached without a remark
 END_SECONDS = 10.0  # for the coordinator to reclaim, and for the kernel to end what was killed
+QUICK_SECONDS = 5.0  # a coordinator that dies sooner after its start has died quickly
+QUICK_DEATHS = 5  # in a row, then it is not started again
+FIRST_PAUSE = 0.05  # before it is started again, seconds; doubled with each quick death
 STEP_SECONDS = 0.01  # between looks at a device from which hosts are being reclaimed
 
 
@@ -50,6 +53,8 @@ class Rules:
     """For hosts, to end by themselves after another one has failed, and again after a signal."""
     keep_going: bool = False
     """Hosts may go on after another one has failed."""
+    restart: bool = True
+    """A coordinator that dies is started again."""
     keep: bool = False
     """The device is not removed."""
 
@@ -70,6 +75,9 @@ class Launcher:
         self._unread: list[Child] = []  # children whose output nobody prints yet
         self._readers: list[threading.Thread] = []
         self._plan: list[tuple[float, Callable[[], None]]] = []  # what to do when, in order
+        self._restart_at: float | None = None  # when to start the coordinator again
+        self._coordinator_began = 0.0
+        self._quick_deaths = 0
         self._signalled = False
         self._status = 0
 
@@ -122,7 +130,9 @@ class Launcher:
         Signals to this process and steps of the plan are dealt with inside.
         """
         times = [
-            when for when in (until, *(when for when, _ in self._plan[:1])) if when is not None
+            when
+            for when in (until, self._restart_at, *(when for when, _ in self._plan[:1]))
+            if when is not None
         ]
         timeout = max(0.0, min(times) - time.monotonic()) if times else None
         ended = []
@@ -136,6 +146,8 @@ class Launcher:
                 ended.append(key.data)
         while self._plan and self._plan[0][0] <= time.monotonic():
             self._plan.pop(0)[1]()
+        if self._restart_at is not None and self._restart_at <= time.monotonic():
+            self._start_coordinator_again()
         return ended
 
     def _interrupted(self, number: signal.Signals) -> None:
@@ -198,23 +210,25 @@ class Launcher:
         if self._running:
             threading.Thread(target=self._announce_hosts, daemon=True).start()
 
-    def _start_child(self, name: str, program: Program, pass_fds: tuple[int, ...] = ()) -> Child:
+    def _start_child(
+        self, name: str, program: Program, pass_fds: tuple[int, ...] = (), *, late: bool = False
+    ) -> Child:
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(program.env)}
-        child = Child(name, program.argv, env, pass_fds)
-        self._unread.append(child)
+        child = Child(name, program.argv, env, pass_fds, late=late)
+        if late:
+            self._readers.append(self._lines.follow(name, child.pipe))
+        else:
+            self._unread.append(child)
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
         return child
 
     def _start_coordinator(self) -> bool:
         """Start the coordinator and wait until it serves; False if that is not going to happen."""
-        topology = self._topology
         ready, write = os.pipe()
-        argv = [sys.executable, "-m", "dmrpc_cxl.coordinator", topology.fabric]
-        argv += ["--ready-fd", str(write), "--log-level", topology.log_level]
-        if topology.transport == "tcp":
-            argv += ["--tcp", "127.0.0.1:0"]
+        program = self._coordinator_program("--ready-fd", str(write))
+        self._coordinator_began = time.monotonic()
         try:
-            child = self._start_child("coordinator", Program(tuple(argv)), (write,))
+            child = self._start_child("coordinator", program, (write,))
         finally:
             os.close(write)
         self._coordinator = child
@@ -225,11 +239,25 @@ class Launcher:
             self._selector.unregister(ready)
             os.close(ready)
 
+    def _coordinator_program(self, *more: str) -> Program:
+        topology = self._topology
+        argv = [sys.executable, "-m", "dmrpc_cxl.coordinator", topology.fabric, *more]
+        argv += ["--log-level", topology.log_level]
+        if topology.transport == "tcp":
+            argv += ["--tcp", "127.0.0.1:0"]
+        return Program(tuple(argv))
+
+    def _start_coordinator_again(self) -> None:
+        self._restart_at = None
+        self._coordinator_began = time.monotonic()
+        program = self._coordinator_program()
+        self._coordinator = self._start_child("coordinator", program, late=True)
+
     def _await_line(self, ready: int, coordinator: Child) -> bool:
         give_up = time.monotonic() + START_SECONDS
         while not self._signalled and time.monotonic() < give_up:
             if coordinator in self._wait(give_up):
-                self._coordinator_ended(coordinator)
+                self._coordinator_failed(coordinator)
                 return False
             if select.select([ready], [], [], 0)[0] and os.read(ready, 4096):
                 return True
@@ -279,8 +307,8 @@ class Launcher:
         while self._running:
             for child in self._wait(None):
                 if child is self._coordinator:
-                    self._coordinator_ended(child)
-                    self._stop_hosts()
+                    if not self._coordinator_ended(child):
+                        self._stop_hosts()
                 else:
                     self._running.remove(child)
                     self._host_ended(child)
@@ -297,13 +325,35 @@ class Launcher:
                 self._say(f"the other hosts have {self._rules.grace:g} s to end")
             self._stop_hosts(delay=self._rules.grace)
 
-    def _coordinator_ended(self, coordinator: Child) -> None:
+    def _coordinator_ended(self, coordinator: Child) -> bool:
+        """Plan to start a coordinator again that was killed. False: it will not be."""
+        status, lived = coordinator.collect(), time.monotonic() - self._coordinator_began
+        self._quick_deaths = self._quick_deaths + 1 if lived < QUICK_SECONDS else 0
+        if status == 0 or not self._rules.restart:
+            self._coordinator_failed(coordinator)
+            return False
+        if self._quick_deaths >= QUICK_DEATHS:
+            self._coordinator_failed(coordinator)
+            self._say(
+                f"it died {QUICK_DEATHS} times in a row within {QUICK_SECONDS:g} s of its start: "
+                "not started again"
+            )
+            return False
+        pause = FIRST_PAUSE * 2**self._quick_deaths
+        self._say(f"the coordinator {describe(status)}: started again in {pause:.2f} s")
+        self._coordinator = None
+        self._restart_at = time.monotonic() + pause
+        return True
+
+    def _coordinator_failed(self, coordinator: Child) -> None:
         status = coordinator.collect()
         self._fail(status or FAILED, f"the coordinator {describe(status)}")
         self._coordinator = None
 
     def _stop_coordinator(self) -> None:
         """Let the coordinator finish with the hosts that are gone, then stop it."""
+        if self._restart_at is not None:
+            self._start_coordinator_again()
         child = self._coordinator
         if child is None:
             return
@@ -312,7 +362,7 @@ class Launcher:
         with device.open(self._topology.fabric, writable=False) as opened:
             while opened.hosts() and time.monotonic() < give_up:
                 if child in self._wait(time.monotonic() + STEP_SECONDS):
-                    self._coordinator_ended(child)
+                    self._coordinator_failed(child)
                     return
         child.signal(signal.SIGTERM)
         give_up = time.monotonic() + END_SECONDS
@@ -321,7 +371,7 @@ class Launcher:
         if child.status is None:
             self._fail(FAILED, "the coordinator does not stop: killed")
         elif child.status not in (0, 128 + signal.SIGTERM):  # the latter before it served
-            self._coordinator_ended(child)
+            self._coordinator_failed(child)
 
     def _end_everything(self) -> None:
         """Kill what is still running, and print what was still to be printed."""

@@ -51,6 +51,12 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     help="For hosts to end after another has failed, and again after a signal, s.",
 )
 @click.option("--keep-going", is_flag=True, help="Hosts may go on when another has failed.")
+@click.option(
+    "--restart/--no-restart",
+    default=True,
+    show_default=True,
+    help="Start a coordinator again that dies.",
+)
 @click.option("--keep", is_flag=True, help="Do not remove the device.")
 @click.pass_context
 def run(
@@ -66,6 +72,7 @@ def run(
     timeout: float | None,
     grace: float,
     keep_going: bool,
+    restart: bool,
     keep: bool,
 ) -> None:
     """Run hosts on a new fabric: make a device, start a coordinator and the hosts, and when they
@@ -94,6 +101,6 @@ def run(
         transport="tcp" if tcp else "unix",
         log_level=log_level,
     )
-    rules = Rules(timeout=timeout, grace=grace, keep_going=keep_going, keep=keep)
+    rules = Rules(timeout=timeout, grace=grace, keep_going=keep_going, restart=restart, keep=keep)
     sys.stdout.flush()
     ctx.exit(Launcher(plan, rules).run())

@@ -102,8 +102,13 @@ int dm_device_geometry(struct dm_superblock *out, uint64_t data_bytes, uint32_t 
     out->host_table_off = DM_SUPERBLOCK_BYTES;
     out->ref_table_off =
         align_up(out->host_table_off + max_hosts * sizeof(struct dm_host_entry), DM_TABLE_ALIGN);
-    out->frame_table_off =
+    out->service_table_off =
         align_up(out->ref_table_off + max_refs * sizeof(struct dm_ref_entry), DM_TABLE_ALIGN);
+    out->nr_services = (uint64_t)max_hosts * DM_SERVICES_PER_HOST;
+    if (out->nr_services < DM_MIN_SERVICES)
+        out->nr_services = DM_MIN_SERVICES;
+    out->frame_table_off = align_up(
+        out->service_table_off + out->nr_services * sizeof(struct dm_service_slot), DM_TABLE_ALIGN);
     out->page_table_off =
         align_up(out->frame_table_off + nr_frames * sizeof(uint64_t), DM_TABLE_ALIGN);
     out->data_off = align_up(
@@ -280,6 +285,8 @@ static int check_geometry(const struct dm_superblock *sb, struct dm_error *err) 
                           (unsigned long long)sb->field, (unsigned long long)want.field)
     CHECK(host_table_off);
     CHECK(ref_table_off);
+    CHECK(service_table_off);
+    CHECK(nr_services);
     CHECK(frame_table_off);
     CHECK(page_table_off);
     CHECK(ptes_per_host);
@@ -404,6 +411,7 @@ int dm_device_open(struct dm_device *dev, int fd, bool writable, struct dm_error
     dev->sb = base;
     dev->hosts = (struct dm_host_entry *)(dev->base + dev->geo.host_table_off);
     dev->refs = (struct dm_ref_entry *)(dev->base + dev->geo.ref_table_off);
+    dev->services = (struct dm_service_slot *)(dev->base + dev->geo.service_table_off);
     dev->frames = (uint64_t *)(dev->base + dev->geo.frame_table_off);
     dev->ptes = (uint32_t *)(dev->base + dev->geo.page_table_off);
     dev->data = dev->base + dev->geo.data_off;
@@ -433,8 +441,12 @@ int dm_device_check_frames(const struct dm_device *dev, uint64_t first, uint64_t
     return DM_OK;
 }
 
-/* The device was opened to be read only. */
+/* The device was opened to be read only, or by a coordinator that another one has replaced. */
 int dm_device_check_writable(const struct dm_device *dev, struct dm_error *err) {
+    if (dm_device_fenced(dev))
+        return dm_device_fail(err, DM_ERR_REPLACED,
+                              "epoch %llu is over, coordinator %u has taken over",
+                              (unsigned long long)dev->fence_epoch, dev->sb->coordinator_pid);
     if (dev->writable)
         return DM_OK;
     dm_device_fail(err, DM_OK, "the device was opened read-only");

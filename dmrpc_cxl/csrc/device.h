@@ -39,14 +39,16 @@ struct dm_device {
     dev_t file_dev;
     ino_t file_ino;
     bool writable;
+    uint64_t fence_epoch;     /* not 0: change nothing unless this is the coordinators' epoch */
     struct dm_superblock geo; /* as verified; its coordinator fields mean nothing */
     uint8_t *base;            /* the whole file, MAP_SHARED */
     struct dm_superblock *sb;
     struct dm_host_entry *hosts; /* [max_hosts]; host h is hosts[h - 1] */
     struct dm_ref_entry *refs;   /* [max_refs] */
-    uint64_t *frames;            /* [nr_frames] */
-    uint32_t *ptes;              /* [max_hosts][ptes_per_host] */
-    uint8_t *data;               /* frame 0 */
+    struct dm_service_slot *services;
+    uint64_t *frames; /* [nr_frames] */
+    uint32_t *ptes;   /* [max_hosts][ptes_per_host] */
+    uint8_t *data;    /* frame 0 */
 };
 
 int dm_device_geometry(struct dm_superblock *out, uint64_t data_bytes, uint32_t page_size,
@@ -63,6 +65,7 @@ int dm_device_prefault(struct dm_device *dev, uint64_t first, uint64_t nr, struc
 
 int dm_device_frame(const struct dm_device *dev, uint64_t pfn, uint64_t *word,
                     struct dm_error *err);
+void dm_device_owned(const struct dm_device *dev, uint64_t *counts);
 size_t dm_device_free_runs(const struct dm_device *dev, uint16_t owner, uint64_t *cursor,
                            struct dm_run *runs, size_t cap);
 int dm_device_transfer(struct dm_device *dev, uint64_t pfn, uint64_t nr, uint32_t from, uint32_t to,
@@ -78,6 +81,12 @@ struct dm_coordinator {
     char tcp_host[sizeof((struct dm_superblock *)0)->tcp_host];
     char unix_path[sizeof((struct dm_superblock *)0)->unix_path];
 };
+
+/* Has a later coordinator taken over from the one that opened the device so? Asked right before each change. */
+static inline bool dm_device_fenced(const struct dm_device *dev) {
+    return dev->fence_epoch != 0 &&
+           __atomic_load_n(&dev->sb->coordinator_epoch, __ATOMIC_ACQUIRE) != dev->fence_epoch;
+}
 
 int dm_device_start_coordinator(struct dm_device *dev, struct dm_coordinator *who,
                                 struct dm_error *err);
@@ -112,6 +121,22 @@ struct dm_counter_info {
     const char *text;
 };
 extern const struct dm_counter_info dm_device_counters[DM_NR_COUNTERS];
+
+/* ---------------------------------------------------------------- services: services.c */
+
+struct dm_service {
+    uint32_t slot;
+    uint32_t host;
+    uint64_t incarnation;
+    uint64_t serial;
+    uint32_t name_bytes;
+    uint32_t endpoint_bytes;
+    char text[DM_MAX_SERVICE_NAME + DM_MAX_SERVICE_ENDPOINT]; /* name, endpoint */
+};
+
+int dm_device_service(const struct dm_device *dev, uint32_t slot, struct dm_service *out);
+int dm_device_publish(struct dm_device *dev, const struct dm_service *what, struct dm_error *err);
+int dm_device_withdraw(struct dm_device *dev, uint32_t slot, uint64_t serial, struct dm_error *err);
 
 /* ---------------------------------------------------------------- audit */
 

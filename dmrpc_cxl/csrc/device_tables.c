@@ -52,6 +52,15 @@ size_t dm_device_free_runs(const struct dm_device *dev, uint16_t owner, uint64_t
     return nr_runs;
 }
 
+/* Count the frames that each owner has, in use or free, into counts[DM_MAX_HOSTS + 1]. */
+void dm_device_owned(const struct dm_device *dev, uint64_t *counts) {
+    for (uint64_t pfn = 0; pfn < dev->geo.nr_frames; pfn++) {
+        uint64_t word = __atomic_load_n(dev->frames + pfn, __ATOMIC_RELAXED);
+        if (dm_frame_owner(word) <= DM_MAX_HOSTS)
+            counts[dm_frame_owner(word)]++;
+    }
+}
+
 /*
  * Hand frames [pfn, pfn + nr) from owner `from` to owner `to`, one by one, and stop at the first that does not have
  * refcount 0 and owner `from`. *moved says how many changed hands.
@@ -76,6 +85,8 @@ int dm_device_transfer(struct dm_device *dev, uint64_t pfn, uint64_t nr, uint32_
         do {
             if (dm_frame_refcount(word) != 0 || dm_frame_owner(word) != from)
                 return DM_OK;
+            if (dm_device_fenced(dev))
+                return dm_device_check_writable(dev, err);
             next = dm_frame_pack(0, (uint16_t)to, dm_frame_seq(word));
         } while (!__atomic_compare_exchange_n(at, &word, next, false, __ATOMIC_ACQ_REL,
                                               __ATOMIC_RELAXED));

@@ -32,9 +32,26 @@ bool dm_forked(const struct dm_host *h);
 int dm_request(struct dm_host *h, uint16_t type, const void *payload, uint32_t length, void *reply,
                uint32_t reply_max, uint32_t *reply_length, uint64_t wait_ns, struct dm_error *e);
 
-static inline bool dm_try_lock(struct dm_host *h) { return pthread_mutex_trylock(&h->lock) == 0; }
-static inline void dm_lock(struct dm_host *h) { pthread_mutex_lock(&h->lock); }
-static inline void dm_unlock(struct dm_host *h) { pthread_mutex_unlock(&h->lock); }
+static inline bool dm_try_lock(struct dm_host *h) {
+    if (pthread_mutex_trylock(&h->lock) != 0)
+        return false;
+    dm_enter(h);
+    return true;
+}
+static inline void dm_lock(struct dm_host *h) {
+    pthread_mutex_lock(&h->lock);
+    dm_enter(h);
+}
+static inline void dm_unlock(struct dm_host *h) {
+    dm_exit(h);
+    pthread_mutex_unlock(&h->lock);
+}
+/* Wait for work, without being inside an operation. */
+static inline void dm_wait_for_work(struct dm_host *h) {
+    dm_exit(h);
+    pthread_cond_wait(&h->work, &h->lock);
+    dm_enter(h);
+}
 
 /* alloc.c */
 int dm_ralloc(struct dm_host *h, uint64_t size, unsigned flags, bool may_block, uint32_t *id,

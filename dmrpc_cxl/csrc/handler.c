@@ -117,7 +117,7 @@ static void supply(struct handler *t, unsigned *pause_ms) {
         ring(t);
     }
     while (t->rang && !t->stop)
-        pthread_cond_wait(&h->work, &h->lock);
+        dm_wait_for_work(h);
 }
 
 /* The coordinator went away: be guarded by its successor as soon as there is one. */
@@ -185,7 +185,7 @@ static void *supplier_main(void *arg) {
         else if (t->reguard)
             guard_again(t);
         else
-            pthread_cond_wait(&h->work, &h->lock);
+            dm_wait_for_work(h);
     }
     dm_unlock(h);
     dm_link_close(&t->link);

@@ -75,6 +75,7 @@ struct dm_link { /* a request/response connection to the coordinator */
     bool
         reopened; /* took the place of a connection that broke; cleared by whoever looks for what was lost */
     uint64_t epoch;          /* of the coordinator that answered HELLO; 0: never connected */
+    const struct dm_superblock *sb; /* says whether that one still is the fabric's */
     void (*between)(void *); /* called now and then while waiting for an answer; may be NULL */
     void *between_arg;
 };
@@ -148,6 +149,19 @@ struct dm_host {
     _Atomic int handler_tid;
     _Atomic bool fenced;
 };
+
+/* The host lock was taken, or is about to be given back: others can see whether an operation is under way (layout.h,
+ * `activity`). On the stores' order depends who may conclude what: odd before anything changes, even after all has. */
+static inline void dm_enter(struct dm_host *h) {
+    if (!h->entry)
+        return;
+    __atomic_store_n(&h->entry->activity, h->entry->activity + 1, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+}
+static inline void dm_exit(struct dm_host *h) {
+    if (h->entry)
+        __atomic_store_n(&h->entry->activity, h->entry->activity + 1, __ATOMIC_RELEASE);
+}
 
 #define DM_COUNT(h, name, n) ((h)->entry->counters[DM_CNT_##name] += (n))
 

@@ -7,6 +7,7 @@
  *     offset 0        superblock            DM_SUPERBLOCK_BYTES
  *     host_table_off  struct dm_host_entry  [max_hosts]        host h is entry h - 1
  *     ref_table_off   struct dm_ref_entry   [max_refs]
+ *     service_table_off struct dm_service_slot [nr_services]   names of services, see there
  *     frame_table_off uint64_t frame words  [nr_frames]
  *     page_table_off  uint32_t PTEs         [max_hosts][ptes_per_host]
  *     data_off        frames                [nr_frames]        2 MiB aligned; PFN f is at data_off + f * page_size
@@ -24,7 +25,7 @@
 #endif
 
 #define DM_MAGIC 0x4d4146472d435244ull /* "DRC-GFAM" read as a little-endian word */
-#define DM_LAYOUT_VERSION 1u
+#define DM_LAYOUT_VERSION 2u
 #define DM_SUPERBLOCK_BYTES 4096u
 #define DM_DATA_ALIGN (2u << 20)
 #define DM_MAX_HOSTS 1024u
@@ -47,6 +48,8 @@ struct dm_superblock {
     uint32_t max_refs;
     uint64_t host_table_off;
     uint64_t ref_table_off;
+    uint64_t service_table_off;
+    uint64_t nr_services; /* slots of the service table, DM_SERVICES_PER_HOST for each host */
     uint64_t frame_table_off;
     uint64_t page_table_off;
     uint64_t ptes_per_host; /* owned window, shared window, VMA area, in this order */
@@ -102,7 +105,8 @@ struct dm_intent {
     uint32_t pfn;
     uint32_t ref2;
     uint64_t old; /* DM_INTENT_COW: the frame that page + progress showed before */
-    uint64_t reserved;
+    uint64_t
+        died_in; /* the op under way when the host died, set by recovery; the fields above stay */
 };
 
 /* Counters: one writer (the host, under its lock, or its handler thread), many readers. */
@@ -159,7 +163,8 @@ struct dm_host_entry {
     uint32_t vm_pieces;    /* gauge: kernel mappings that copy-on-write and the VMA area made */
     uint32_t frame_limit;  /* most frames the coordinator lets this host own or map; 0: no limit */
     uint64_t registered_ns;
-    uint8_t pad0[64 - 56 % 64];
+    uint64_t
+        activity; /* odd while a thread of the host is inside an operation; +1 at each end of one */
     struct dm_intent intent; /* its own cache lines */
     uint8_t pad1[64];
     char name[DM_NAME_BYTES];
@@ -261,6 +266,38 @@ struct dm_ref_overflow {
     struct dm_run runs[];
 };
 
+/* ---------------------------------------------------------------- services
+ *
+ * A published name is a chain of slots: a head, and as many more as name and endpoint need. Only heads have a state.
+ * A slot that no live head leads to is free, whatever it holds. So the chain is written first and the state of the
+ * head last (release), and a crash at any store leaves the entry in or out as a whole. A changed endpoint is a new
+ * entry with a higher serial number; the old one is freed afterwards, and of two with the same name and host the
+ * higher number counts. Written by the coordinator only.
+ */
+enum dm_service_state {
+    DM_SERVICE_FREE = 0,
+    DM_SERVICE_LIVE = 1,
+};
+#define DM_SERVICE_SLOT_BYTES 512u
+#define DM_SERVICE_SLOT_ROOM 464u
+#define DM_SERVICES_PER_HOST 32u /* slots; together, not each */
+#define DM_MIN_SERVICES 256u
+#define DM_MAX_SERVICE_NAME 1023u /* bytes of UTF-8 */
+#define DM_MAX_SERVICE_ENDPOINT 4096u
+
+struct dm_service_slot {
+    uint32_t state; /* enum dm_service_state; atomic; of heads only, 0 in other slots */
+    uint32_t next;  /* slot that follows + 1; 0: none */
+    uint64_t serial;
+    uint64_t incarnation; /* of the host that published it */
+    uint64_t checksum;    /* FNV-1a 64 of incarnation, host, lengths, name and endpoint */
+    uint32_t host;
+    uint32_t name_bytes;
+    uint32_t endpoint_bytes; /* they follow the name at once */
+    uint32_t reserved;
+    uint8_t text[DM_SERVICE_SLOT_ROOM];
+};
+
 /* A Ref on the wire: fixed size, unguessable, checked on use. */
 #define DM_REF_MAGIC 0x3152u /* "R1" */
 struct dm_ref_wire {
@@ -282,6 +319,7 @@ _Static_assert(offsetof(struct dm_host_entry, intent) % 64 == 0, "intent has its
 _Static_assert(offsetof(struct dm_host_entry, counters) % 64 == 0, "counters have their own lines");
 _Static_assert(sizeof(struct dm_intent) == 64, "an intent record is one cache line");
 _Static_assert(sizeof(struct dm_ref_entry) == 128, "a Ref entry is two cache lines");
+_Static_assert(sizeof(struct dm_service_slot) == DM_SERVICE_SLOT_BYTES, "a service slot");
 _Static_assert(sizeof(struct dm_ref_wire) == 40, "a Ref on the wire");
 _Static_assert(sizeof(struct dm_run) == 8, "a run");
 _Static_assert(DM_NR_COUNTERS <= DM_COUNTER_SLOTS, "counters fit");

@@ -25,7 +25,7 @@
 
 static int wait_ready(const struct dm_link *l, short events, uint64_t deadline,
                       struct dm_error *e) {
-    uint64_t slice_ms = l->between ? 10 : 1000;
+    uint64_t slice_ms = l->between ? 10 : 100;
     for (;;) {
         uint64_t now = dm_now_ns();
         if (now >= deadline)
@@ -40,6 +40,13 @@ static int wait_ready(const struct dm_link *l, short events, uint64_t deadline,
             l->between(l->between_arg);
         if (n < 0 && errno != EINTR)
             return dm_fail_sys(e, "poll", 0);
+        /* One that is stopped answers nothing, and does not hang up either. */
+        if (l->sb && l->epoch &&
+            __atomic_load_n(&l->sb->coordinator_epoch, __ATOMIC_ACQUIRE) != l->epoch) {
+            if (e)
+                e->sys_errno = 0;
+            return dm_fail(e, DM_ERR_COORDINATOR_LOST, "another coordinator has taken over");
+        }
     }
 }
 
@@ -244,6 +251,8 @@ static int hello(struct dm_link *l, struct dm_host *h, uint64_t deadline, struct
 int dm_link_open(struct dm_link *l, struct dm_host *h, bool unix_only, uint64_t deadline,
                  struct dm_error *e) {
     l->fd = -1;
+    l->epoch = 0;
+    l->sb = h->sb;
     int s = h->use_tcp && !unix_only ? connect_tcp(l, h, e) : connect_unix(l, h, e);
     if (!s)
         s = hello(l, h, deadline, e);
@@ -264,6 +273,7 @@ int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const v
                     uint32_t length, void *reply, uint32_t reply_max, uint32_t *reply_length,
                     uint64_t deadline, struct dm_error *e) {
     unsigned back_off = 2;
+    bool sent = false;
     for (;;) {
         int s = DM_OK;
         if (l->fd >= 0 && dm_descriptor_check(l->fd, l->dev, l->ino) < 0)
@@ -272,11 +282,15 @@ int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const v
             bool again = l->next_request > 0;
             s = dm_link_open(l, h, false, deadline, e);
             l->reopened |= again && !s;
+            /* It may have been carried out, and the answer lost: look before asking for the same again. */
+            if (!s && sent && type == DM_MSG_GRANT)
+                return DM_AGAIN_LOOK;
         }
         if (!s)
             s = exchange(l, type, payload, length, -1, reply, reply_max, reply_length, deadline, e);
         if (!s || s == DM_ERR_COORDINATOR_REFUSED)
             return s;
+        sent = sent || l->fd >= 0;
         dm_link_close(l);
         if (s == DM_ERR_FENCED)
             atomic_store(&h->fenced, true);

@@ -32,6 +32,7 @@ struct recovery {
     uint32_t page_shift, nr_frames;
     bool damaged;   /* the intent record makes no sense */
     bool no_memory; /* stop; the next attempt goes on from here */
+    bool fenced;    /* another coordinator has taken over, and repeats all this: stop */
     struct dm_recovery *out;
 };
 
@@ -43,9 +44,14 @@ static uint64_t now_ns(void) {
 
 /* ---------------------------------------------------------------- frames */
 
+/* Asked right before each store, for this process may have been stopped for any time. A store that is made a moment too
+ * late even so is one that the successor makes, too, or a count that it takes as dropped: at worst one frame is left with
+ * a count too many. */
+static bool fenced(struct recovery *r) { return r->fenced = r->fenced || dm_device_fenced(r->dev); }
+
 /* -1; the frame goes to the pool when it was the last count. */
 static void count_down(struct recovery *r, uint32_t pfn) {
-    if (pfn >= r->nr_frames)
+    if (pfn >= r->nr_frames || fenced(r))
         return;
     uint64_t *at = &r->dev->frames[pfn];
     uint64_t word = __atomic_load_n(at, __ATOMIC_RELAXED), next;
@@ -62,7 +68,7 @@ static void count_down(struct recovery *r, uint32_t pfn) {
 /* A frame that the dead host took from its free list, or still has there: its word names the host until it is in the
  * pool, where somebody else may get it at once. To the pool. */
 static void reclaim(struct recovery *r, uint32_t pfn) {
-    if (pfn >= r->nr_frames)
+    if (pfn >= r->nr_frames || fenced(r))
         return;
     uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE);
     if (dm_frame_refcount(word) > 1 || dm_frame_owner(word) != r->host)
@@ -74,6 +80,8 @@ static void reclaim(struct recovery *r, uint32_t pfn) {
 }
 
 static void progress(struct recovery *r, uint64_t value) {
+    if (fenced(r))
+        return;
     __atomic_store_n(&r->intent->progress, value, __ATOMIC_RELEASE);
 }
 
@@ -100,17 +108,22 @@ static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
         uint32_t pfn = entry->overflow - 1;
         const struct dm_ref_overflow *o =
             (const struct dm_ref_overflow *)(data_of(r) + ((uint64_t)pfn << r->page_shift));
-        __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
+        uint32_t link = pfn + 1;
+        if (fenced(r) || !__atomic_compare_exchange_n(&entry->overflow, &link, o->next, false,
+                                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+            return;
         /* Linked before it was counted: a frame still on the dead host's free list has no count to drop. */
         if (dm_frame_refcount(__atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE)))
             count_down(r, pfn);
     }
 }
 
+/* By compare-and-swap: a successor may have done it, and somebody may use the entry again. */
 static void make_free(struct dm_ref_entry *entry) {
     uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
-    __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1),
-                     __ATOMIC_RELEASE);
+    (void)__atomic_compare_exchange_n(&entry->state, &word,
+                                      dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1), false,
+                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
 static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
@@ -145,6 +158,8 @@ static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
                              __ATOMIC_RELEASE);
         return;
     }
+    if (fenced(r))
+        return;
     /* From here on the list of runs may be incomplete, and is not needed: progress says so. */
     free_overflow(r, entry);
     make_free(entry);
@@ -153,7 +168,7 @@ static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
 }
 
 static void drop_held_refs(struct recovery *r) {
-    for (uint32_t i = 0; i < r->dev->geo.max_refs && !r->no_memory; i++) {
+    for (uint32_t i = 0; i < r->dev->geo.max_refs && !r->no_memory && !fenced(r); i++) {
         struct dm_ref_entry *entry = &r->dev->refs[i];
         uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
         if (dm_ref_holder(word) != r->host)
@@ -192,7 +207,7 @@ static bool ref_untouched(struct recovery *r) {
 }
 
 static void clear_ptes(struct recovery *r) {
-    for (uint64_t i = 0; i < r->intent->nr; i++)
+    for (uint64_t i = 0; i < r->intent->nr && !fenced(r); i++)
         __atomic_store_n(&r->pt[r->intent->page + i], 0, __ATOMIC_RELEASE);
 }
 
@@ -316,7 +331,7 @@ static void settle_intent(struct recovery *r) {
     case DM_INTENT_RETURN:
         break;
     }
-    if (!r->no_memory)
+    if (!r->no_memory && !fenced(r))
         __atomic_store_n(&in->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
 }
 
@@ -325,10 +340,12 @@ static void settle_intent(struct recovery *r) {
 static void unmap_pages(struct recovery *r) {
     uint64_t n = r->dev->geo.ptes_per_host;
     for (uint64_t i = 0; i < n; i++) {
-        uint32_t pte = r->pt[i];
-        if (!pte)
+        if (!r->pt[i])
             continue;
-        __atomic_store_n(&r->pt[i], 0, __ATOMIC_RELEASE);
+        if (fenced(r))
+            return;
+        /* Two that recover the same host, one of them a moment too late: the entry is one's alone. */
+        uint32_t pte = __atomic_exchange_n(&r->pt[i], 0, __ATOMIC_ACQ_REL);
         if (pte & DM_PTE_PRESENT) {
             count_down(r, pte & DM_PTE_PFN);
             r->out->pages_unmapped++;
@@ -362,13 +379,19 @@ int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *ou
     if (__atomic_load_n(&r.entry->state, __ATOMIC_ACQUIRE) == DM_HOST_FREE)
         return DM_OK;
     out->intent = r.intent->op;
+    if (out->intent !=
+        DM_INTENT_NONE) /* for `dmrpc fsck`: since which operation something is wrong */
+        __atomic_store_n(&r.intent->died_in, out->intent, __ATOMIC_RELAXED);
     settle_intent(&r);
-    if (!r.no_memory)
+    if (!r.no_memory && !r.fenced)
         drop_held_refs(&r);
     if (r.no_memory)
         return dm_fail(e, DM_ERR_NO_MEMORY, "no memory to recover host %u", host);
     unmap_pages(&r);
     take_free_frames(&r);
+    if (fenced(&r))
+        return dm_fail(e, DM_ERR_REPLACED, "another coordinator has taken over, and recovers host %u",
+                       host);
     r.entry->nr_free = r.entry->nr_reserved = 0;
     out->duration_ns = now_ns() - start;
     return DM_OK;

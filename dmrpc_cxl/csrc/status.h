@@ -26,6 +26,7 @@ enum dm_status {
     DM_ERR_NO_REF_SLOT = -25,
     DM_ERR_NO_ADDRESS_SPACE = -26, /* the VMA area is full */
     DM_ERR_DEVICE_FULL = -27,      /* /dev/shm has no room for the device's own tables */
+    DM_ERR_NO_SERVICE_SLOT = -28,  /* the service table is full */
     /* environment */
     DM_ERR_UFFD_DENIED = -40,
     DM_ERR_UFFD_FEATURE = -41,
@@ -39,8 +40,11 @@ enum dm_status {
     DM_ERR_DEADLINE = -63,
     DM_ERR_FENCED = -64,
     DM_ERR_PEER_GONE = -65, /* the process at the other end of a ring */
+    DM_ERR_REPLACED = -66,  /* another coordinator has taken over from the caller */
     /* not an error: run again without the GIL */
     DM_AGAIN_BLOCKING = -90,
+    /* not an error: the request may have been carried out before its answer was lost (-91 is DM_REF_BUSY) */
+    DM_AGAIN_LOOK = -92,
 };
 
 /* Filled in by the function that fails; lives on the caller's stack. */

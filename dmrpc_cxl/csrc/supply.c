@@ -22,6 +22,7 @@ uint32_t dm_unpromised(const struct dm_host *h) {
 static int request(struct dm_host *h, struct dm_link *l, uint16_t type, const void *payload,
                    uint32_t length, void *reply, uint32_t reply_max, uint32_t *reply_length,
                    struct dm_error *e) {
+    dm_exit(h);
     pthread_mutex_unlock(&h->lock);
     bool shared = l == &h->link;
     if (shared)
@@ -31,6 +32,7 @@ static int request(struct dm_host *h, struct dm_link *l, uint16_t type, const vo
     if (shared)
         pthread_mutex_unlock(&h->link_lock);
     pthread_mutex_lock(&h->lock);
+    dm_enter(h);
     DM_COUNT(h, coordinator_round_trips, 1);
     return s;
 }
@@ -78,13 +80,18 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
     struct dm_run runs[DM_WIRE_MAX_RUNS];
     uint32_t length = 0, free_before = h->free.nr_free;
     struct dm_msg_grant grant = {.want = need > h->batch ? need : h->batch, .min_run = min_run};
-    int s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
-    if (h->closed)
-        return dm_fail(e, DM_ERR_CLOSED, "host detached while it waited for frames");
-    if (l->reopened) { /* an answer may have been lost with the connection before */
-        l->reopened = false;
-        dm_rescan_owned(h);
-    }
+    int s;
+    do {
+        s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
+        if (h->closed)
+            return dm_fail(e, DM_ERR_CLOSED, "host detached while it waited for frames");
+        if (l->reopened) { /* an answer may have been lost with the connection before */
+            l->reopened = false;
+            dm_rescan_owned(h);
+        }
+        if (s == DM_AGAIN_LOOK && h->free.nr_free >= free_before + need)
+            return DM_OK; /* it was: not granted twice */
+    } while (s == DM_AGAIN_LOOK);
     if (s == DM_OK) {
         add_granted(h, runs, length / sizeof runs[0]);
     } else if (s == DM_ERR_COORDINATOR_REFUSED &&

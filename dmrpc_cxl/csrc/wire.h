@@ -40,6 +40,7 @@ enum dm_msg_type {
     DM_MSG_HOSTS = 21,    /* -> {}                               <- {"hosts": [...]} */
     DM_MSG_SHUTDOWN = 22, /* -> {}                               <- {} and the coordinator stops */
     DM_MSG_WAIT = 23,     /* -> {"hosts": n} or {"name": s}      <- {} once they are there */
+    DM_MSG_CHECK = 24,    /* -> {"repair", "timeout"}              <- {...}, see scrubber.py */
     DM_MSG_NOTIFY_RECALL = 32, /* coordinator -> host: struct dm_msg_recall; give frames back */
     DM_MSG_NOTIFY_FENCED = 33, /* coordinator -> host: you were declared dead; stop */
 };
@@ -59,6 +60,7 @@ enum dm_wire_status {
     DM_WIRE_QUOTA = 10,
     DM_WIRE_INTERNAL = 11,
     DM_WIRE_SHUTTING_DOWN = 12,
+    DM_WIRE_TABLE_FULL = 13,
 };
 
 struct dm_msg_header {

@@ -3,6 +3,7 @@
 ==================  ====================================================================================
 ``frames``          the wire protocol, without I/O
 ``marshal``         values to messages: by value or by Ref
+``ownership``       who else holds an array: move()
 ``interface``       a service's methods, read off its class
 ``calls``           the call being served: deadline, cancellation, metadata
 ``channel``         one interface over rings in shared memory and TCP

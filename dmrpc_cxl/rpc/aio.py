@@ -5,21 +5,33 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import functools
+import threading
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
-from ..errors import CallCancelled, DeadlineExceeded, DmError, PeerLost, ProtocolViolation
+from ..errors import (
+    CallCancelled,
+    DeadlineExceeded,
+    DmError,
+    ForkedError,
+    PeerLost,
+    ProtocolViolation,
+    ServiceNotFound,
+)
 from ..host import Host
 from . import frames
 from .calls import _current
 from .channel import Channel, Parts
 from .client import Backoff, Connection, Link, MethodTable, Options, Pending, Prepared
+from .forks import release
 from .frames import Welcome
 from .marshal import Encoded, Reader
 
 __all__ = ["AsyncMethods"]
 
+T = TypeVar("T")
 MAX_BACKLOG_BYTES = 64 << 20
 
 
@@ -143,19 +155,19 @@ class AsyncConnection(Connection):
             PeerLost: it was not sent.
         """
         if not self._room.is_set():
-            await self._room.wait()
+            await _in_time(self._room.wait(), pending.deadline, f"{self.service}.{pending.method}")
         if self.lost is not None:
             raise PeerLost(str(self.lost))
         pending.call_id = next(self.ids)
         left = None if pending.deadline is None else pending.deadline - time.monotonic()
-        head = call.head(pending.call_id, encoded, meta, left)
+        head = call.head(pending.call_id, encoded, meta, left, self.channel.max_frame)
         self.pending[pending.call_id] = pending
         try:
             self._send((head, *encoded.inline))
-        except PeerLost as error:
+        except (PeerLost, ValueError) as error:
             self.pending.pop(pending.call_id, None)
             self.close(PeerLost(f"{self.service}: {error}"))
-            raise
+            raise PeerLost(f"{self.service}: {error}") from None
 
     def close(self, error: DmError) -> None:
         """End it; tasks that wait get the error."""
@@ -180,6 +192,8 @@ class AsyncMethods:
         self._options = options
         self._connection: AsyncConnection | None = None
         self._connecting: asyncio.Task[AsyncConnection] | None = None
+        self._parted: list[AsyncConnection] = []  # replaced, with calls under way
+        link.asyncs.add(self)
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         if name.startswith("_"):
@@ -200,30 +214,41 @@ class AsyncMethods:
                 connection.close(PeerLost("its event loop was closed"))
             elif connection.lost is None and not connection.leaving:
                 return connection
-        if self._connecting is None or self._connecting.done():
-            self._connecting = loop.create_task(self._connect(deadline))
-        return await asyncio.shield(self._connecting)
+            else:
+                self._parted.append(connection)
+            self._connection = None
+        self._link.check_usable()
+        for parted in list(self._parted):
+            if parted.lost is not None or not parted.pending or parted.loop.is_closed():
+                parted.close(PeerLost(f"{self._link.service}: reconnecting"))
+                self._parted.remove(parted)
+        task = self._connecting
+        if task is None or task.done() or task.get_loop() is not loop:
+            self._connecting = task = loop.create_task(self._connect())
+            task.add_done_callback(_heard)
+        # Others wait for the same task: it has the time of none of them.
+        return await _in_time(asyncio.shield(task), deadline, self._link.service)
 
-    async def _connect(self, deadline: float | None) -> AsyncConnection:
+    async def _connect(self) -> AsyncConnection:
         link = self._link
         loop = asyncio.get_running_loop()
-        limit = time.monotonic() + link.connect_timeout
-        give_up = limit if deadline is None else min(limit, deadline)
+        give_up = time.monotonic() + link.connect_timeout
         backoff = Backoff()
         while True:
-            if link.closed:
-                raise PeerLost(f"{link.service}: the client was closed")
+            link.check_usable()
             try:
                 left = max(0.05, give_up - time.monotonic())
-                channel, welcome = await loop.run_in_executor(None, link.open, left)
-                assert link.table is not None
+                channel, welcome, table = await _opened(loop, link, left)
+                if link.closed:
+                    channel.close()
+                    continue
                 self._connection = AsyncConnection(
-                    link.host, link.service, channel, welcome, link.table, loop
+                    link.host, link.service, channel, welcome, table, loop
                 )
                 return self._connection
-            except PeerLost:
+            except (PeerLost, ServiceNotFound):
                 pause = backoff.pause()
-                if link.nr_connects == 0 or time.monotonic() + pause >= give_up:
+                if link.closed or link.nr_connects == 0 or time.monotonic() + pause >= give_up:
                     raise
                 await asyncio.sleep(pause)
 
@@ -232,9 +257,19 @@ class AsyncMethods:
         self._close_now()
 
     def _close_now(self) -> None:
-        if self._connection is not None:
-            self._connection.close(PeerLost(f"{self._link.service}: the client was closed"))
-            self._connection = None
+        gone = PeerLost(f"{self._link.service}: the client was closed")
+        for connection in (*self._parted, self._connection):
+            if connection is not None:
+                connection.close(gone)
+        self._parted.clear()
+        self._connection = None
+
+    def after_fork(self) -> None:
+        """In a child: let go of descriptors."""
+        for connection in (*self._parted, self._connection):
+            if connection is not None:
+                connection.lost = ForkedError(f"{self._link.service}: used in a forked child")
+                release(connection.channel)
 
     def close_soon(self) -> None:
         """End the connection, from any thread."""
@@ -266,8 +301,7 @@ class _AsyncCaller(Prepared):
         deadline = self.deadline(self.options.timeout)
         connection = await self.methods._get(deadline)
         if self.table is not connection.table:
-            self.link.table = connection.table
-            self.look_up()
+            self.look_up(connection.table)
         encoded = self.encode(arguments, keywords)
         pending = _AsyncPending(self.name, self.reader, deadline, connection.loop)
         pending.refs = encoded.refs
@@ -276,10 +310,12 @@ class _AsyncCaller(Prepared):
                 await connection.submit(self, pending, encoded, self.meta)
             except PeerLost:
                 connection = await self.methods._get(deadline)
+                if self.table is not connection.table:
+                    self.look_up(connection.table)
+                    pending.reader = self.reader
                 await connection.submit(self, pending, encoded, self.meta)
         except BaseException:
-            if pending.refs:
-                self.link.host.drop_refs(pending.refs)
+            self.link.marshaller.take_back(encoded)
             raise
         return await self._wait(connection, pending)
 
@@ -295,7 +331,9 @@ class _AsyncCaller(Prepared):
         if call is not None:
             gone = CallCancelled(f"{call.method}: the caller cancelled")
             forget = call.when_cancelled(
-                lambda: connection.loop.call_soon_threadsafe(connection.give_up, pending, gone)
+                functools.partial(
+                    connection.loop.call_soon_threadsafe, connection.give_up, pending, gone
+                )
             )
         try:
             return await pending.future
@@ -310,3 +348,57 @@ class _AsyncCaller(Prepared):
             with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
                 if pending.future.done() and not pending.future.cancelled():
                     pending.future.exception()
+            del pending  # no circle over this frame, which would keep the arguments
+
+
+async def _in_time(what: Awaitable[T], deadline: float | None, where: str) -> T:
+    """Wait for something until a deadline.
+
+    Raises:
+        DeadlineExceeded: it takes longer.
+    """
+    if deadline is None:
+        return await what
+    try:
+        return await asyncio.wait_for(what, max(0.0, deadline - time.monotonic()))
+    except asyncio.TimeoutError as error:
+        if isinstance(error, DmError):  # its own
+            raise
+        raise DeadlineExceeded(f"{where}: not sent in time") from None
+
+
+async def _opened(
+    loop: asyncio.AbstractEventLoop, link: Link, timeout: float
+) -> tuple[Channel, Welcome, MethodTable]:
+    """Connect on a thread that nobody waits for: neither a call with less time, nor the loop when it ends."""
+    opened: asyncio.Future[tuple[Channel, Welcome, MethodTable]] = loop.create_future()
+
+    def deliver(found: tuple[Channel, Welcome, MethodTable] | None, error: Exception) -> None:
+        if opened.done():
+            if found is not None:
+                found[0].close()
+        elif found is None:
+            opened.set_exception(error)
+        else:
+            opened.set_result(found)
+
+    def work() -> None:
+        found, failure = None, Exception()
+        try:
+            found = link.open(timeout)
+        except Exception as error:
+            failure = error
+        try:
+            loop.call_soon_threadsafe(deliver, found, failure)
+        except RuntimeError:  # the loop was closed
+            if found is not None:
+                found[0].close()
+
+    threading.Thread(target=work, name=f"{link.service}-connect", daemon=True).start()
+    return await opened
+
+
+def _heard(task: asyncio.Task[AsyncConnection]) -> None:
+    """Keep asyncio from complaining of an exception that nobody was left to see."""
+    if not task.cancelled():
+        task.exception()

@@ -7,6 +7,7 @@ A client asks for it and never waits longer than the caller up the chain; a canc
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 from ..errors import CallCancelled, DeadlineExceeded
 
 __all__ = ["Call", "current_call"]
+
+log = logging.getLogger("dmrpc.rpc")
 
 _current: contextvars.ContextVar[Call | None] = contextvars.ContextVar("dmrpc call", default=None)
 
@@ -98,7 +101,12 @@ class Call:
             self.cancelled = True
             hooks, self._hooks = self._hooks or [], None
         for hook in hooks:
-            hook()
+            try:
+                hook()
+            except (
+                Exception
+            ):  # an event loop that was closed; the others are to be told all the same
+                log.debug("a call could not be told that it was cancelled", exc_info=True)
 
 
 def current_call() -> Call | None:

@@ -10,14 +10,18 @@ is dropped. A reply that nobody waits for any more gives its Refs back as soon a
 from __future__ import annotations
 
 import builtins
+import collections
 import concurrent.futures
 import contextlib
 import itertools
 import logging
 import random
+import select
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import (
@@ -26,7 +30,9 @@ from ..errors import (
     CallCancelled,
     DeadlineExceeded,
     DmError,
+    ForkedError,
     InterfaceMismatch,
+    LocalProtocolError,
     Overloaded,
     PeerLost,
     ProtocolViolation,
@@ -42,6 +48,7 @@ from ..host import Host
 from . import endpoint, frames
 from .calls import _current
 from .channel import Channel
+from .forks import not_for_children, release
 from .frames import CALL, ERROR, PICKLED, REPLY, Code, Frame, Kind, Method, Welcome
 from .interface import Interface
 from .marshal import FLAGS_OF, TRANSFERS, Encoded, Marshaller, Reader, Serializer, Transfer
@@ -58,6 +65,8 @@ ClientInterceptor: TypeAlias = Callable[["Outbound", Callable[[], Any]], Any]
 READ_ALONG = (
     64  # every so many calls sent ahead, replies are taken: the server must not be left with them
 )
+SLICE_SECONDS = 0.1  # longest sleep of a thread that waits: another one may cancel its call
+IDLE_SECONDS = 0.001  # a connection that was not used for so long is looked at before it is used
 FIRST_BACKOFF = 0.01  # seconds before the second attempt to connect; doubles
 LONGEST_BACKOFF = 1.0
 
@@ -140,6 +149,8 @@ _kinds: dict[tuple[type[RemoteError], str], type[RemoteError]] = {}
 def _remote_kind(names: Sequence[str]) -> type[RemoteError]:
     """Return RemoteError, or a class that is also of the built-in type that the method raised."""
     for name in names:
+        if name == "StopIteration":  # cannot be raised into a coroutine
+            continue
         key = (RemoteError, name)
         if key in _kinds:
             return _kinds[key]
@@ -233,7 +244,8 @@ class Connection:
             raise RemoteProtocolError(f"a server does not send frames of kind {kind}")
 
     def _outcome(self, pending: Pending, frame: Frame) -> None:
-        value, failure = None, None
+        value: Any = None
+        failure: BaseException | None = None
         try:
             if frame.kind == ERROR:
                 failure = error_of(frame, self.service, pending.method)
@@ -247,6 +259,18 @@ class Connection:
             failure = error
         except ValueError as error:  # not of the annotated type
             failure = InterfaceMismatch(f"{self.service}.{pending.method}: its result: {error}")
+        except (
+            BaseException
+        ) as error:  # whoever waits for this call has to hear of it, and may be another thread
+            failure = error
+            if not isinstance(error, Exception):  # such as Ctrl-C, which is for this thread
+                self._end_of(pending, frame, None, PeerLost(f"interrupted: {error!r}"))
+                raise
+        self._end_of(pending, frame, value, failure)
+
+    def _end_of(
+        self, pending: Pending, frame: Frame, value: Any, failure: BaseException | None
+    ) -> None:
         if frame.nr_refs:
             self.host.drop_refs(frame.refs)  # those the value did not use
         self.settle(pending, value, failure)
@@ -276,7 +300,8 @@ class Connection:
         while self.pending:
             with contextlib.suppress(KeyError):
                 _, pending = self.pending.popitem()
-                self.settle(pending, None, self.lost)
+                # One for each: raised, it holds the frames of its call, and ours lives as long as the connection.
+                self.settle(pending, None, type(self.lost)(str(self.lost)))
 
 
 def _only(values: Any) -> Any:
@@ -288,16 +313,52 @@ def _only(values: Any) -> Any:
 class SyncConnection(Connection):
     """A connection that threads share."""
 
-    def __init__(self, host: Host, service: str, channel: Channel, welcome: Welcome) -> None:
+    def __init__(
+        self, host: Host, service: str, channel: Channel, welcome: Welcome, table: MethodTable
+    ) -> None:
         super().__init__(host, service, channel, welcome)
+        self.table = table
+        self.used = time.monotonic()
+        self.unsent: collections.deque[bytes] = collections.deque()  # short frames, oldest first
         self.read_lock = threading.Lock()
         self.turn = threading.Condition()  # for threads that wait while another one reads
         self.nr_followers = 0
 
     def send_short(self, frame: bytes) -> None:
-        """See Connection."""
-        with self.send_lock:
-            self.channel.send((frame,), 1.0)
+        """See Connection. Never waits: not for another thread that sends, nor for the server to read.
+
+        Also called by the garbage collector, perhaps while this very thread sends.
+        """
+        self.unsent.append(frame)
+        if self.send_lock.acquire(False):
+            try:
+                self._send_unsent()
+            finally:
+                self.send_lock.release()
+
+    def _send_unsent(self) -> None:
+        """Context: send_lock held."""
+        unsent = self.unsent
+        while unsent:
+            frame = unsent[0]
+            n = self.channel.try_send((frame,), 0)
+            if n < len(frame):
+                unsent[0] = frame[n:]
+                return
+            unsent.popleft()
+
+    def look(self) -> None:
+        """Find out whether the server is still there; for a connection that nobody has read for a while."""
+        control = getattr(self.channel, "control", None)
+        if control is not None and self.lost is None:
+            ended = select.poll()
+            try:
+                ended.register(control, select.POLLIN)
+                if ended.poll(0):
+                    self.channel.peer_ended()  # type: ignore[attr-defined]
+            except (ValueError, OSError):  # closed by another thread
+                return
+        self.poll()
 
     def submit(self, call: Prepared, pending: SyncPending, encoded: Encoded, meta: bytes) -> None:
         """Send a call.
@@ -311,19 +372,35 @@ class SyncConnection(Connection):
             pending.connection = self
             pending.call_id = call_id = next(self.ids)  # in the order of sending: the server checks
             left = None if pending.deadline is None else pending.deadline - _monotonic()
-            head = call.head(call_id, encoded, meta, left)
+            head = call.head(call_id, encoded, meta, left, self.channel.max_frame)
             self.pending[call_id] = pending
             try:
+                if self.unsent:
+                    self._send_rest(left)
                 self.channel.send((head, *encoded.inline) if encoded.inline else head, left)
+                if self.unsent:
+                    self._send_unsent()
             except (DmError, ValueError) as error:
-                self.pending.pop(call_id, None)
-                failure = (
-                    error
-                    if isinstance(error, DmError)
-                    else PeerLost(f"{self.service}: the client was closed")
-                )
-                self.lost = PeerLost(f"{self.service}: {failure}")  # a part of the frame may be out
-                raise failure from None
+                # A ring that has taken a part says so itself, the next time; a socket does not.
+                late = isinstance(error, DeadlineExceeded) and self.channel.kind == "ring"
+                failure: DmError = PeerLost(f"{self.service}: {error}")
+                if isinstance(error, DeadlineExceeded):
+                    failure = DeadlineExceeded(f"{self.service}.{pending.method}: not sent in time")
+                if not late and self.lost is None:
+                    self.lost = PeerLost(f"{self.service}: {error}")
+                if self.pending.pop(call_id, None) is None:
+                    return  # whoever reads has noticed as well, and ended the call
+                try:
+                    raise failure from None
+                finally:
+                    del failure  # no circle over this frame, and those of its callers
+
+    def _send_rest(self, timeout: float | None) -> None:
+        """Send what comes before the next call. Context: send_lock held."""
+        self._send_unsent()
+        if self.unsent:
+            self.channel.send((b"".join(self.unsent),), timeout)
+            self.unsent.clear()
 
     def pump(self) -> None:
         """Take what is there. Context: read_lock held."""
@@ -335,17 +412,29 @@ class SyncConnection(Connection):
             self.fail(PeerLost(f"{self.service}: {error}"))
         except ValueError:
             self.fail(PeerLost(f"{self.service}: the client was closed"))
+        if self.lost is not None and self.pending:  # one that was sent meanwhile
+            self.fail(self.lost)
 
-    def await_(self, pending: SyncPending) -> None:
-        """Return when the call has ended, one way or another."""
+    def await_(self, pending: SyncPending, timeout: float | None = None) -> None:
+        """Return when the call has ended, one way or another; or when the time is over, and it has not."""
         channel, lock = self.channel, self.read_lock
+        give_up = None if timeout is None else time.monotonic() + timeout
         while not pending.done:
+            if give_up is not None and time.monotonic() >= give_up:
+                self.poll()
+                return
             if lock.acquire(False):
                 try:
                     while not pending.done:
-                        left = None
+                        left = SLICE_SECONDS
                         if pending.deadline is not None:
                             left = pending.deadline - time.monotonic()
+                            if left <= 0:
+                                break
+                            if left > SLICE_SECONDS:
+                                left = SLICE_SECONDS
+                        if give_up is not None:
+                            left = min(left, give_up - time.monotonic())
                             if left <= 0:
                                 break
                         try:
@@ -359,34 +448,41 @@ class SyncConnection(Connection):
                     if self.nr_followers:
                         with self.turn:
                             self.turn.notify_all()
-                if not pending.done:
-                    self.give_up(
-                        pending,
-                        DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time"),
-                    )
+                if self._is_late(pending):
+                    self._too_late(pending)
             else:
-                self._follow(pending)
+                self._follow(pending, give_up)
 
-    def _follow(self, pending: SyncPending) -> None:
+    @staticmethod
+    def _is_late(pending: SyncPending) -> bool:
+        return pending.deadline is not None and time.monotonic() >= pending.deadline
+
+    def _follow(self, pending: SyncPending, give_up: float | None) -> None:
         """Another thread reads: wait for it to bring our reply, or to leave."""
         with self.turn:
             self.nr_followers += 1
             try:
                 while not pending.done and self.read_lock.locked():
-                    left = None if pending.deadline is None else pending.deadline - time.monotonic()
-                    if left is not None and left <= 0:
+                    left, now = SLICE_SECONDS, time.monotonic()
+                    for end in (pending.deadline, give_up):
+                        if end is not None and end - now < left:
+                            left = end - now
+                    if left <= 0:
                         break
-                    self.turn.wait(0.1 if left is None else min(left, 0.1))
+                    self.turn.wait(left)
             finally:
                 self.nr_followers -= 1
-        if (
-            not pending.done
-            and pending.deadline is not None
-            and time.monotonic() >= pending.deadline
-        ):
-            self.give_up(
-                pending, DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time")
-            )
+        if not pending.done and self._is_late(pending):
+            self._too_late(pending)
+
+    def _too_late(self, pending: SyncPending) -> None:
+        late = DeadlineExceeded(f"{self.service}.{pending.method}: no reply in time")
+        self.give_up(pending, late)
+        if not pending.done:  # another thread is about to end it
+            time.sleep(0.001)
+            assert pending.deadline is not None
+            if time.monotonic() > pending.deadline + 1.0:  # it was interrupted right then
+                self.settle(pending, None, late)
 
     def poll(self) -> None:
         """Take what is there, if no other thread is at it."""
@@ -401,7 +497,7 @@ class SyncConnection(Connection):
 
     def close(self, error: DmError) -> None:
         """End it; waiting threads get the error."""
-        self.lost = error
+        self.lost = self.lost or error
         self.channel.close()
         self.fail(error)
         with self.turn:
@@ -436,11 +532,15 @@ class SyncPending(Pending):
                 connection.turn.notify_all()
 
 
+def _done(pending: SyncPending) -> bool:
+    return pending.done
+
+
 class CallFuture:
     """A call that is under way: ``client.future.method(...)``.
 
     Replies are read by whoever waits, so a future makes progress while somebody waits on the same client, or asks done().
-    A future that is dropped does not cancel its call; what the reply holds is given back when it arrives.
+    A future that is dropped cancels its call: nobody would take the Refs of its reply.
     """
 
     __slots__ = ("__weakref__", "_pending")
@@ -454,7 +554,7 @@ class CallFuture:
         if not pending.done:
             pending.connection.poll()
             if (
-                not pending.done
+                not _done(pending)  # may have changed
                 and pending.deadline is not None
                 and time.monotonic() > pending.deadline
             ):
@@ -476,33 +576,19 @@ class CallFuture:
         pending = self._pending
         error = pending.error if pending.done else self.exception(timeout)
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del self, pending, error  # no circle over this frame
         return pending.value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the end of the call; return what it raises, None if it gave a result."""
         pending = self._pending
         if not pending.done:
-            _about_to_block()
-            if timeout is None:
-                pending.connection.await_(pending)
-            else:
-                give_up = time.monotonic() + timeout
-                while not self.done():
-                    left = give_up - time.monotonic()
-                    if left <= 0:
-                        raise concurrent.futures.TimeoutError(
-                            f"{pending.method}: no reply in {timeout} s"
-                        )
-                    if pending.connection.read_lock.acquire(False):
-                        try:
-                            with contextlib.suppress(ValueError):
-                                pending.connection.channel.wait(left)
-                        finally:
-                            pending.connection.read_lock.release()
-                    else:
-                        with pending.connection.turn:
-                            pending.connection.turn.wait(min(left, 0.01))
+            _await_nested(pending, timeout)
+            if not pending.done:
+                raise concurrent.futures.TimeoutError(f"{pending.method}: no reply in {timeout} s")
         return pending.error
 
     def cancel(self) -> bool:
@@ -513,11 +599,36 @@ class CallFuture:
         pending.connection.give_up(pending, CallCancelled(f"{pending.method}: cancelled"))
         return True
 
+    def __del__(self) -> None:
+        if not self._pending.done:
+            self._abandon()
 
-def _about_to_block() -> None:
-    call = _current.get()
-    if call is not None and call.about_to_block is not None:
+    def _abandon(self) -> None:
+        pending = self._pending
+        if pending.connection.lost is None:
+            with contextlib.suppress(DmError, ValueError, OSError):
+                pending.connection.give_up(pending, CallCancelled("nobody waits for it any more"))
+
+
+def _await_nested(pending: SyncPending, timeout: float | None = None) -> None:
+    """Wait for a call, perhaps while serving one: let its server go on, and end with it when it is cancelled.
+
+    Args:
+        timeout: seconds after which to return whatever has become of it; None: when it has ended.
+    """
+    call, connection = _current.get(), pending.connection
+    if call is None:
+        connection.await_(pending, timeout)
+        return
+    if call.about_to_block is not None:
         call.about_to_block()
+    forget = call.when_cancelled(
+        lambda: connection.give_up(pending, CallCancelled(f"{call.method}: the caller cancelled"))
+    )
+    try:
+        connection.await_(pending, timeout)
+    finally:
+        forget()
 
 
 # ---------------------------------------------------------------- clients
@@ -530,11 +641,14 @@ class MethodTable:
         self.methods = {
             method.name: (number, method) for number, method in enumerate(welcome.methods)
         }
+        self.defaults = interface.defaults if interface else {}
         self.readers: dict[str, Reader] = {}
         for name in self.methods:
-            wanted = interface.results.get(name, Any) if interface else Any
+            wanted: Any = interface.results.get(name, Any) if interface else Any
             try:
-                self.readers[name] = Reader(tuple[wanted] if wanted is not Any else Any)
+                self.readers[name] = Reader(
+                    tuple.__class_getitem__(wanted) if wanted is not Any else Any
+                )
             except TypeError:  # an annotation that msgspec cannot check
                 self.readers[name] = Reader()
 
@@ -549,12 +663,20 @@ class MethodTable:
 
 
 def positional(
-    service: str, method: Method, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    service: str,
+    method: Method,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    defaults: dict[str, Any],
 ) -> tuple[Any, ...]:
     """Return all arguments in the order of the parameters.
 
+    Args:
+        defaults: by parameter, as the client's class has them: for parameters left out before one that is given. Those
+            left out at the end are the server's.
+
     Raises:
-        WrongArguments: too many, too few, unknown, twice; or a gap, which only the server could fill.
+        WrongArguments: too many, too few, unknown, twice; or a gap that the client's own class does not fill.
     """
     names = method.parameters
     where = f"{service}.{method.name}{method.signature}"
@@ -562,9 +684,9 @@ def positional(
         values = list(arguments)
         rest = dict(keywords)
         for name in names[len(arguments) :]:
-            if name not in rest:
+            if not rest or (name not in rest and name not in defaults):
                 break
-            values.append(rest.pop(name))
+            values.append(rest.pop(name) if name in rest else defaults[name])
         if rest:
             raise WrongArguments(
                 f"{where}: {', '.join(rest)}: unknown, given twice, or behind a parameter that is not given"
@@ -629,40 +751,68 @@ class Link:
         self.connect_timeout = connect_timeout
         self.closed = False
         self.nr_connects = 0
+        self.forked = False
         self._lock = threading.Lock()
         self.connection: SyncConnection | None = None
-        self.table: MethodTable | None = None
+        self._parted: list[SyncConnection] = []  # replaced, with calls under way
+        self.table: MethodTable | None = None  # of the newest connection
+        self.asyncs: weakref.WeakSet[AsyncMethods] = weakref.WeakSet()
+        not_for_children(self)
 
-    def open(self, timeout: float) -> tuple[Channel, Welcome]:
+    def open(self, timeout: float) -> tuple[Channel, Welcome, MethodTable]:
         """Connect, and check what is there."""
         channel, welcome = endpoint.connect(self.host, self.service, self.transport, timeout)
         try:
             if self.interface is not None:
                 check_interface(self.service, welcome, self.interface)
-            self.table = MethodTable(welcome, self.interface)
+            self.table = table = MethodTable(welcome, self.interface)
         except BaseException:
             channel.close()
             raise
         self.nr_connects += 1
-        return channel, welcome
+        return channel, welcome, table
 
     def get(self, deadline: float | None) -> SyncConnection:
         """Return a connection that works; make one if need be."""
         connection = self.connection
         if connection is not None and connection.lost is None and not connection.leaving:
             return connection
-        with self._lock:
+        self.check_usable()
+        if not self._lock.acquire(
+            timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())
+        ):
+            raise DeadlineExceeded(f"{self.service}: not connected in time")
+        try:
+            self.check_usable()
             connection = self.connection
-            if self.closed:
-                raise PeerLost(f"{self.service}: the client was closed")
             if connection is not None:
                 if connection.lost is None and not connection.leaving:
                     return connection
-                if connection.lost is not None or not connection.pending:
-                    connection.close(connection.lost or PeerLost(f"{self.service}: reconnecting"))
                 self.connection = None
-            self.connection = self._connect(deadline)
-            return self.connection
+                self._parted.append(connection)
+            self._part()
+            self.connection = connection = self._connect(deadline)
+            if self.closed:  # meanwhile
+                self._close()
+            return connection
+        finally:
+            self._lock.release()
+
+    def check_usable(self) -> None:
+        """Raise PeerLost or ForkedError if no connection can be made any more."""
+        if self.forked:
+            raise ForkedError(
+                f"{self.service}: a forked child cannot use its parent's client; attach again in the child"
+            )
+        if self.closed:
+            raise PeerLost(f"{self.service}: the client was closed")
+
+    def _part(self) -> None:
+        """Close connections that were replaced, once their last calls have ended. Context: _lock held."""
+        for connection in list(self._parted):
+            if connection.lost is not None or not connection.pending:
+                connection.close(PeerLost(f"{self.service}: reconnecting"))
+                self._parted.remove(connection)
 
     def _connect(self, deadline: float | None) -> SyncConnection:
         """Try until it works or the time is over: a service that restarts is back soon."""
@@ -672,8 +822,8 @@ class Link:
         while True:
             left = give_up - time.monotonic()
             try:
-                channel, welcome = self.open(max(0.05, left))
-                return SyncConnection(self.host, self.service, channel, welcome)
+                channel, welcome, table = self.open(max(0.05, left))
+                return SyncConnection(self.host, self.service, channel, welcome, table)
             except (PeerLost, ServiceNotFound) as error:
                 pause = backoff.pause()
                 if self.closed or self.nr_connects == 0 or time.monotonic() + pause >= give_up:
@@ -681,12 +831,41 @@ class Link:
                 time.sleep(pause)
 
     def close(self) -> None:
-        """End the connection."""
-        with self._lock:
-            self.closed = True
-            if self.connection is not None:
-                self.connection.close(PeerLost(f"{self.service}: the client was closed"))
-                self.connection = None
+        """End the connection. Does not wait for another thread that is connecting: it gives up by itself."""
+        if self.forked:
+            return
+        self.closed = True
+        for methods in list(self.asyncs):
+            methods.close_soon()
+        if self._lock.acquire(False):
+            try:
+                self._close()
+            finally:
+                self._lock.release()
+
+    def _close(self) -> None:
+        """Context: _lock held."""
+        gone = PeerLost(f"{self.service}: the client was closed")
+        for connection in (*self._parted, self.connection):
+            if connection is not None:
+                connection.close(gone)
+        self._parted.clear()
+        self.connection = None
+
+    def _after_fork(self) -> None:
+        """In a child: let go of descriptors; locks may be held for ever."""
+        self.forked = True
+        error = ForkedError(f"{self.service}: a forked child cannot use its parent's client")
+        for connection in (*self._parted, self.connection):
+            if connection is not None:
+                connection.lost = error
+                for pending in list(connection.pending.values()):
+                    if isinstance(pending, SyncPending):
+                        pending.error, pending.done = error, True
+                connection.pending.clear()
+                release(connection.channel)
+        for methods in list(self.asyncs):
+            methods.after_fork()
 
 
 class Client:
@@ -700,7 +879,7 @@ class Client:
         self._link = link
         self._options = options
         self._aio: AsyncMethods | None = None
-        self._futures: FutureMethods | None = None
+        self._future: FutureMethods | None = None
 
     # Methods of the service are found here, once; afterwards they are attributes.
     def __getattr__(self, name: str) -> Any:
@@ -721,10 +900,9 @@ class Client:
     @property
     def future(self) -> FutureMethods:
         """The methods of the service, returning a CallFuture at once: many calls outstanding on one connection."""
-        futures = self._futures
-        if futures is None:
-            futures = self._futures = FutureMethods(self)
-        return futures
+        if self._future is None:
+            self._future = FutureMethods(self)
+        return self._future
 
     @property
     def aio(self) -> AsyncMethods:
@@ -738,7 +916,7 @@ class Client:
     def using(
         self,
         *,
-        timeout: float | None = ...,  # type: ignore[assignment]
+        timeout: float | EllipsisType | None = ...,
         transfer: Transfer | None = None,
         serializer: Serializer | None = None,
         metadata: dict[str, str] | None = None,
@@ -753,7 +931,7 @@ class Client:
         """
         mine = self._options
         options = Options(
-            mine.timeout if timeout is ... else timeout,  # type: ignore[comparison-overlap]
+            mine.timeout if isinstance(timeout, EllipsisType) else timeout,
             transfer or mine.transfer,
             serializer or mine.serializer,
             {**mine.metadata, **(metadata or {})},
@@ -763,8 +941,6 @@ class Client:
 
     def close(self) -> None:
         """End the connection; calls under way fail with PeerLost. Idempotent."""
-        if self._aio is not None:
-            self._aio.close_soon()
         self._link.close()
 
     def __enter__(self) -> Any:
@@ -802,10 +978,8 @@ class Prepared:
         self.flags = FLAGS_OF[options.transfer]
         self.meta = frames.encode(options.metadata) if options.metadata else b""
 
-    def look_up(self) -> None:
+    def look_up(self, table: MethodTable) -> None:
         """Find the method in the table of the connection, which may be a new one."""
-        table = self.link.table
-        assert table is not None
         self.number, self.method = table.get(self.link.service, self.name)
         self.reader = table.readers[self.name]
         self.table = table
@@ -824,7 +998,9 @@ class Prepared:
         """Return the arguments as the parts of a frame."""
         method, options = self.method, self.options
         if keywords or not method.nr_required <= len(arguments) <= len(method.parameters):
-            arguments = positional(self.link.service, method, arguments, keywords)
+            assert self.table is not None
+            defaults = self.table.defaults.get(self.name, {})
+            arguments = positional(self.link.service, method, arguments, keywords, defaults)
         marshaller, transfer, serializer = (
             self.link.marshaller,
             options.transfer,
@@ -835,20 +1011,33 @@ class Prepared:
                 return _NO_ARGUMENTS
             body = marshaller.plain(arguments, transfer)
             if body is not None:
-                return _new_tuple(Encoded, (body, 0, b"", (), 0))
+                return _new_tuple(Encoded, (body, 0, b"", (), 0, ()))
         return marshaller.write(arguments, transfer, serializer)
 
-    def head(self, call_id: int, encoded: Encoded, meta: bytes, left: float | None) -> bytes:
-        """Return the frame of a call up to the inline part; left is its time in seconds."""
+    def head(
+        self, call_id: int, encoded: Encoded, meta: bytes, left: float | None, max_frame: int
+    ) -> bytes:
+        """Return the frame of a call up to the inline part; left is its time in seconds.
+
+        Raises:
+            LocalProtocolError: the server would not take it.
+            DeadlineExceeded: there is no time left.
+        """
         left_us = 0
         if left is not None:
             if left <= 0:
                 raise DeadlineExceeded(f"{self.link.service}.{self.name}: no time is left")
             left_us = int(left * 1e6) or 1
-        body, flags, refs, _, inline_bytes = encoded
-        return _head(
+        body, flags, refs, _, inline_bytes, _ = encoded
+        head = _head(
             CALL, call_id, self.flags | flags, refs, meta, body, self.number, left_us, inline_bytes
         )
+        if len(head) + encoded.inline_bytes > max_frame:
+            raise LocalProtocolError(
+                f"{self.link.service}.{self.name}: a message of {len(head) + encoded.inline_bytes} bytes; the service "
+                f"takes at most {max_frame}: send large arguments by Ref"
+            )
+        return head
 
 
 class _Caller(Prepared):
@@ -862,23 +1051,19 @@ class _Caller(Prepared):
         return self._wait(self.start(arguments, keywords, self.options.timeout, self.meta))
 
     def _wait(self, pending: SyncPending) -> Any:
-        call = _current.get()
-        if call is None:
-            pending.connection.await_(pending)
-        else:  # a nested call
-            if call.about_to_block is not None:
-                call.about_to_block()
-            forget = call.when_cancelled(
-                lambda: pending.connection.give_up(
-                    pending, CallCancelled(f"{call.method}: the caller cancelled")
-                )
-            )
-            try:
+        try:
+            if _current.get() is None:
                 pending.connection.await_(pending)
-            finally:
-                forget()
+            else:
+                _await_nested(pending)
+        except BaseException as error:  # Ctrl-C: nobody will wait for it any more
+            pending.connection.give_up(pending, CallCancelled(f"interrupted: {error!r}"))
+            raise
         if pending.error is not None:
-            raise pending.error
+            try:
+                raise pending.error
+            finally:  # no circle over this frame: it would keep the arguments until the collector runs
+                del pending
         return pending.value
 
     def start(
@@ -890,15 +1075,21 @@ class _Caller(Prepared):
     ) -> SyncPending:
         """Send a call. When the connection turns out to be dead before the call is sent, over a new one."""
         link = self.link
+        now = _monotonic()
         if _current.get() is None:
-            deadline = None if timeout is None else _monotonic() + timeout
+            deadline = None if timeout is None else now + timeout
         else:
             deadline = self.deadline(timeout)
         connection = link.connection
         if connection is None or connection.lost is not None or connection.leaving:
             connection = link.get(deadline)
-        if self.table is not link.table:
-            self.look_up()
+        if now - connection.used > IDLE_SECONDS and not connection.pending:
+            connection.look()
+            if connection.lost is not None or connection.leaving:
+                connection = link.get(deadline)
+        connection.used = now
+        if self.table is not connection.table:
+            self.look_up(connection.table)
         encoded = self.encode(arguments, keywords)
         pending = SyncPending(self.name, self.reader, deadline)
         pending.refs = encoded.refs
@@ -907,21 +1098,21 @@ class _Caller(Prepared):
                 connection.submit(self, pending, encoded, meta)
             except PeerLost:
                 connection = link.get(deadline)
-                if self.table is not link.table:
-                    self.look_up()
+                if self.table is not connection.table:
+                    self.look_up(connection.table)
                     pending.reader = self.reader
                 connection.submit(self, pending, encoded, meta)
         except BaseException:
-            if pending.refs:
-                link.host.drop_refs(pending.refs)
+            link.marshaller.take_back(encoded)
             raise
         return pending
 
     def _intercepted(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if self.table is None:
-            self.link.get(self.deadline(self.options.timeout))
-            self.look_up()
-        arguments = positional(self.link.service, self.method, arguments, keywords)
+            self.look_up(self.link.get(self.deadline(self.options.timeout)).table)
+        assert self.table is not None
+        defaults = self.table.defaults.get(self.name, {})
+        arguments = positional(self.link.service, self.method, arguments, keywords, defaults)
         outbound = Outbound(
             self.link.service,
             self.name,

@@ -24,6 +24,7 @@ from ..errors import (
     DeadlineExceeded,
     DmError,
     InterfaceMismatch,
+    Overloaded,
     PeerLost,
     RemoteProtocolError,
     ServiceNotFound,
@@ -170,7 +171,7 @@ def connect(
     """
     found = host.lookup(service)
     endpoint = found["endpoint"]
-    if not isinstance(endpoint, dict) or endpoint.get("protocol") is None:
+    if not _is_endpoint(endpoint):
         raise ServiceNotFound(f"{service!r} is published, but not as an RPC service")
     if endpoint["protocol"] != frames.PROTOCOL:
         raise InterfaceMismatch(
@@ -190,6 +191,21 @@ def connect(
     return _connect_tcp(host, service, tuple(endpoint["tcp"]), give_up)
 
 
+def _is_endpoint(endpoint: Any) -> bool:
+    """Tell whether what is published under a name is what services publish; anybody may publish anything."""
+    if not isinstance(endpoint, dict) or endpoint.get("protocol") is None:
+        return False
+    ring, tcp = endpoint.get("ring"), endpoint.get("tcp")
+    return isinstance(ring, (str, type(None))) and (
+        tcp is None
+        or (
+            isinstance(tcp, list)
+            and [type(part) for part in tcp] == [str, int]
+            and 0 < tcp[1] < 65536
+        )
+    )
+
+
 def _hello(host: Host, service: str, transport: str) -> bytes:
     hello = Hello(frames.MAGIC, frames.PROTOCOL, host.fabric_id, host.secret, service, transport)
     return frames.head(Kind.HELLO, 0, body=frames.encode(hello))
@@ -205,10 +221,19 @@ def _welcome(frame: Frame, service: str) -> Welcome:
             raise InterfaceMismatch(text)
         if frame.method == Code.UNKNOWN_SERVICE:
             raise ServiceNotFound(text)
+        if frame.method == Code.OVERLOADED:
+            raise Overloaded(text)
         raise ServiceStopping(text)
     if frame.kind != Kind.WELCOME:
         raise RemoteProtocolError(f"WELCOME comes first, not a frame of kind {frame.kind}")
-    return frames.read_welcome(frame)
+    welcome = frames.read_welcome(frame)
+    if welcome.protocol != frames.PROTOCOL:
+        raise InterfaceMismatch(
+            f"{service!r} speaks protocol {welcome.protocol}, this client {frames.PROTOCOL}"
+        )
+    if not frames.HEADER_BYTES <= welcome.max_frame <= frames.MAX_FRAME_BYTES:
+        raise RemoteProtocolError(f"a WELCOME to frames of {welcome.max_frame} bytes")
+    return welcome
 
 
 def _receive(channel: TcpChannel, give_up: float) -> bytearray:
@@ -245,13 +270,14 @@ def _connect_ring(host: Host, service: str, name: str, give_up: float) -> tuple[
         if _peer_uid(sock) not in (os.getuid(), 0):
             raise AccessDenied(f"{service!r} is a process of another user")
         sock.sendall(_hello(host, service, "ring"))
-        data, descriptors = _receive_with_descriptors(sock)
+        data, descriptors = _receive_with_descriptors(sock, give_up)
         welcome = _welcome(frames.parse(data), service)
         if len(descriptors) != NR_DESCRIPTORS:
             raise RemoteProtocolError(
                 f"{len(descriptors)} descriptors came with WELCOME, not {NR_DESCRIPTORS}"
             )
-        ring = Ring.attach(*descriptors, welcome.max_frame)
+        memory, mine, theirs = descriptors
+        ring = Ring.attach(memory, mine, theirs, welcome.max_frame)
         return RingChannel(ring, sock, welcome.max_frame), welcome
     except (TimeoutError, DeadlineExceeded):
         sock.close()
@@ -272,13 +298,16 @@ def _connect_ring(host: Host, service: str, name: str, give_up: float) -> tuple[
             os.close(fd)
 
 
-def _receive_with_descriptors(sock: socket.socket) -> tuple[bytes, list[int]]:
+def _receive_with_descriptors(sock: socket.socket, give_up: float) -> tuple[bytes, list[int]]:
     data = b""
     descriptors: list[int] = []
     try:
         while len(data) < 4 or len(data) < (size := int.from_bytes(data[:4], "little")):
             if len(data) >= 4 and not frames.HEADER_BYTES <= size <= MAX_WELCOME_BYTES:
                 raise RemoteProtocolError(f"a WELCOME of {size} bytes")
+            sock.settimeout(max(0.01, give_up - time.monotonic()))  # for all of it, not each part
+            if time.monotonic() > give_up:
+                raise TimeoutError
             chunk, ancillary, _, _ = sock.recvmsg(
                 65536, socket.CMSG_SPACE(16 * 4), socket.MSG_CMSG_CLOEXEC
             )

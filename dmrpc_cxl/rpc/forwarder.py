@@ -1,11 +1,13 @@
 """A load balancer that passes calls on as they are.
 
-It reads headers only: payload is neither decoded nor copied to anywhere but the next connection, and DM is never touched.
-A Ref in a call stays its sender's until the backend accepts it, so a forwarder that dies takes nothing with it. A reply that
-can no longer be delivered is handed back to its backend with DISCARD, which drops its Refs.
+Frames are passed on by native code (Relay; csrc/relay.c says how): it reads headers only, payload is neither decoded nor
+copied to anywhere but the next connection, and DM is never touched. A Ref in a call stays its sender's until the backend
+accepts it, so a forwarder that dies takes nothing with it. A reply that can no longer be delivered is handed back to its
+backend with DISCARD, which drops its Refs.
 
-One thread does everything and never waits for one peer: what a connection does not take at once is kept for it, up to a
-limit, after which it is closed.
+What is here happens to connections, not to frames: listening, handshakes, finding backends again, and what to say when one is
+lost. One thread does it, and runs the relay in between. A second one exists while a backend is missing, and tries to
+connect to it.
 
 Paper: VI-B (application-layer load balancer).
 """
@@ -14,65 +16,56 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import itertools
 import logging
 import socket
 import threading
 import time
 from collections.abc import Sequence
 
-from .._native import WaitSet
+from .._native import RELAY_BROKE, RELAY_ENDED, RELAY_FD, RELAY_LEAVING, Relay
 from ..errors import (
     AccessDenied,
+    DeadlineExceeded,
     DmError,
+    ForkedError,
     InterfaceMismatch,
     Overloaded,
     PeerError,
     PeerLost,
     RemoteProtocolError,
+    ServiceExists,
     ServiceNotFound,
-    ServiceStopping,
 )
 from ..host import Host
 from . import endpoint, frames
-from .channel import Channel, Parts, RingChannel
-from .client import Backoff
+from .channel import Channel, RingChannel, TcpChannel
+from .client import Backoff, Client
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
-from .frames import Code, Frame, Kind, Welcome
+from .forks import not_for_children, release
+from .frames import Code, Welcome
 
 __all__ = ["Forwarder"]
 
 log = logging.getLogger("dmrpc.rpc")
 
 MAX_BACKLOG_BYTES = 256 << 20
-KICK = -1
+MAX_HANDSHAKES = 256
 
 
 class _Peer:
     """A connection of either side."""
 
-    def __init__(self, channel: Channel, key: int) -> None:
+    def __init__(self, channel: Channel, key: int, backend: str | None) -> None:
         self.channel = channel
         self.key = key
-        self.closed = False
-        self.backlog: collections.deque[tuple[Parts, int, int]] = collections.deque()
-        self.backlog_bytes = 0
+        self.backend = backend  # its name; None: a client
 
 
-class _Client(_Peer):
-    def __init__(self, channel: Channel, key: int) -> None:
-        super().__init__(channel, key)
-        self.last_id = 0
-        self.calls: dict[int, tuple[_Backend, int]] = {}  # its id -> backend, id there
-
-
-class _Backend(_Peer):
-    def __init__(self, channel: Channel, key: int, name: str) -> None:
-        super().__init__(channel, key)
-        self.name = name
-        self.ids = itertools.count(1)
-        self.calls: dict[int, tuple[_Client, int]] = {}  # id there -> client, its id
-        self.leaving = False
+def published_once(host: Host, name: str) -> None:
+    """Raise ServiceExists if this host itself publishes that name: it might, for the name service, do so again."""
+    for end in list(getattr(host, "_ends", ())):
+        if not isinstance(end, Client) and end.name == name and getattr(end, "published", False):
+            raise ServiceExists(f"this host serves {name!r} already")
 
 
 class Forwarder:
@@ -112,53 +105,86 @@ class Forwarder:
             raise ValueError("a forwarder needs the name of one backend at least")
         self.host = host
         self.name = name
-        self.nr_forwarded = 0
-        self.bytes_forwarded = 0
-        self.forwarded_to: collections.Counter[str] = collections.Counter()
         self._names = list(dict.fromkeys(backends))
         self._transport: endpoint.Transport = transport
         self._connect_timeout = connect_timeout
-        self._max_outstanding = max_outstanding
         self._max_connections = max_connections
         self._ring_bytes = ring_bytes
-        self._nr_outstanding = 0
-        self._turn = itertools.count()
-        self._keys = itertools.count(1)
-        self._peers: dict[int, _Client | _Backend] = {}
-        self._backends: dict[str, _Backend] = {}
+        self._peers: dict[int, _Peer] = {}
+        self._backends: dict[str, _Peer] = {}  # those that are given calls
+        self._forwarded_before: collections.Counter[str] = collections.Counter()
+        self._count_lock = threading.Lock()  # over that, and backends that come and go
         self._again: dict[str, tuple[Backoff, float]] = {}  # backends to try again, and when
-        self._controls: dict[int, _Client | _Backend] = {}
+        self._found: collections.deque[tuple[str, Channel, Welcome]] = collections.deque()
+        self._seeker: threading.Thread | None = None
+        self._seek_lock = threading.Lock()  # over _again and _seeker
+        self._enough = threading.Event()  # no more seeking
+        self._published = False
+        self._forked = False
         self._handshakes: dict[int, Handshake] = {}
         self._stopping = False
         self._welcome: Welcome | None = None
-        self._waits = WaitSet()
-        self._fds: dict[int, int] = {}  # key in the wait set -> descriptor
-        failure: DmError | None = None
-        for backend in self._names:
-            try:
-                self._connect(backend)
-            except (PeerLost, ServiceNotFound) as error:
-                failure = error
-                self._again[backend] = (Backoff(), time.monotonic())
-        if not self._backends:
-            self._waits.close()
-            assert failure is not None
-            raise failure
+        self._relay = Relay(
+            max_outstanding,
+            max_connections + 2 * len(self._names),  # a backend that leaves and its successor
+            MAX_BACKLOG_BYTES,
+            error_frame(
+                0, Code.OVERLOADED, Overloaded(f"{name} has as many calls under way as it takes")
+            ),
+            error_frame(0, Code.PEER, PeerLost(f"{name}: no backend can be reached")),
+        )
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
-        unix, ring_name = listen_unix(host.fabric)
-        self._listen(unix, "ring")
-        address = None
-        if tcp is not None:
-            sock, address = listen_tcp(*((tcp, 0) if isinstance(tcp, str) else tcp))
-            self._listen(sock, "tcp")
-        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+        try:
+            self._begin(tcp)
+        except BaseException:
+            self._end()
+            raise
         self._thread = threading.Thread(target=self._run, name=f"{name}-forwarder", daemon=True)
         self._thread.start()
+        if self._again:
+            self._seek()
         try:
+            published_once(host, name)
             host.publish(name, self.endpoint)
+            self._published = True
         except BaseException:
             self.stop()
             raise
+        not_for_children(self)
+        ends = getattr(host, "_ends", None)  # what a host that detaches stops
+        if ends is not None:
+            ends.add(self)
+
+    def _begin(self, tcp: str | tuple[str, int] | None) -> None:
+        failure: DmError | None = None
+        for name in self._names:
+            try:
+                self._add_backend(
+                    name,
+                    *endpoint.connect(self.host, name, self._transport, self._connect_timeout),
+                )
+            except (PeerLost, ServiceNotFound, DeadlineExceeded) as error:
+                failure = error
+                self._again[name] = (Backoff(), time.monotonic())
+        if not self._backends:
+            assert failure is not None
+            raise failure
+        unix, ring_name = listen_unix(self.host.fabric)
+        self._listen(unix, "ring")
+        address = None
+        if tcp is not None:
+            where = (tcp, 0) if isinstance(tcp, str) else tcp
+            try:
+                sock, address = listen_tcp(*where)
+            except OSError as error:
+                raise PeerError(f"cannot listen on {where}: {error}") from error
+            self._listen(sock, "tcp")
+        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+
+    @property
+    def published(self) -> bool:
+        """Whether clients find this forwarder under its name."""
+        return self._published and not self._stopping
 
     def __enter__(self) -> Forwarder:
         return self
@@ -166,250 +192,167 @@ class Forwarder:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
+    # ------------------------------------------------------------ counters
+
+    @property
+    def nr_forwarded(self) -> int:
+        """Calls passed on."""
+        return self._relay.nr_forwarded
+
+    @property
+    def bytes_forwarded(self) -> int:
+        """Bytes of calls and replies passed on."""
+        return self._relay.bytes_forwarded
+
+    @property
+    def forwarded_to(self) -> collections.Counter[str]:
+        """Calls passed on, by name of the backend."""
+        with self._count_lock:
+            found = self._forwarded_before.copy()
+            for peer in self._peers.values():
+                if peer.backend is not None:
+                    found[peer.backend] += self._relay.forwarded(peer.key)
+        return +found
+
     # ------------------------------------------------------------ connections
-
-    def _watch(self, fd: int) -> int:
-        key = next(self._keys)
-        self._fds[key] = fd
-        self._waits.add_fd(fd, key, False)
-        return key
-
-    def _unwatch(self, fd: int) -> None:
-        for key, known in list(self._fds.items()):
-            if known == fd:
-                del self._fds[key]
-                self._waits.remove(fd)
 
     def _listen(self, sock: socket.socket, kind: str) -> None:
         self._listeners[sock.fileno()] = (sock, kind)
-        self._watch(sock.fileno())
+        self._relay.watch(sock.fileno())
 
-    def _add(self, peer: _Client | _Backend) -> None:
-        self._peers[peer.key] = peer
-        channel = peer.channel
+    def _add(self, channel: Channel, backend: str | None) -> _Peer:
         if isinstance(channel, RingChannel):
-            fd = channel.control.fileno()
-            self._controls[fd] = peer
-            self._watch(fd)
-            self._waits.add_ring(channel.ring, peer.key)
+            ring, fd, rest = channel.ring, channel.control.fileno(), b""
         else:
-            self._waits.add_fd(channel.fileno(), peer.key, True)
+            assert isinstance(channel, TcpChannel)
+            ring, fd, rest = None, channel.fileno(), channel.take_rest()
+        try:
+            key = self._relay.add(ring, fd, backend is not None, channel.max_frame, rest)
+        except BaseException:
+            channel.close()
+            raise
+        peer = _Peer(channel, key, backend)
+        with self._count_lock:
+            self._peers[key] = peer
+        return peer
 
-    def _connect(self, name: str) -> None:
-        channel, welcome = endpoint.connect(self.host, name, self._transport, self._connect_timeout)
+    def _add_backend(self, name: str, channel: Channel, welcome: Welcome) -> None:
         mine = self._welcome
         if mine is not None and mine.methods != welcome.methods:
             channel.close()
             raise InterfaceMismatch(f"{name} has other methods than {self._names[0]}")
         if mine is None:
             self._welcome = welcome
-        backend = _Backend(channel, next(self._keys), name)
-        self._backends[name] = backend
-        self._add(backend)
+        self._backends[name] = self._add(channel, name)
 
-    def _close(self, peer: _Client | _Backend, why: str) -> None:
-        if peer.closed:
+    def _close(self, peer: _Peer, why: str, farewell: bytes | None = None) -> None:
+        if peer.key not in self._peers:
             return
-        peer.closed = True
-        self._peers.pop(peer.key, None)
-        channel = peer.channel
-        if isinstance(channel, RingChannel):
-            fd = channel.control.fileno()
-            self._controls.pop(fd, None)
-            self._unwatch(fd)
-            self._waits.remove(channel.ring)
-        else:
-            self._waits.remove(channel.fileno())
         log.debug("%s: a connection ended: %s", self.name, why)
-        if isinstance(peer, _Backend):
-            self._lose_backend(peer, why)
-        else:
-            for backend, there in peer.calls.values():
-                # Its reply finds nobody and is discarded then; the backend need not go on.
-                if not backend.closed:
-                    self._send(backend, (frames.short(Kind.CANCEL, there),))
-            peer.calls.clear()
-        channel.close()
+        lost = PeerLost(f"{self.name}: backend {peer.backend}: {why}")
+        with self._count_lock:
+            del self._peers[peer.key]
+            nr = self._relay.remove(peer.key, error_frame(0, Code.PEER, lost))
+            if peer.backend is not None:
+                self._forwarded_before[peer.backend] += nr
+        if farewell is not None:
+            with contextlib.suppress(DmError):
+                peer.channel.try_send((farewell,), 0)
+        peer.channel.close()
+        self._leave_out(peer)
 
-    def _lose_backend(self, backend: _Backend, why: str) -> None:
-        if self._backends.get(backend.name) is backend:
-            del self._backends[backend.name]
-            self._again[backend.name] = (Backoff(), time.monotonic())
-        error = PeerLost(f"{self.name}: backend {backend.name}: {why}")
-        self._nr_outstanding -= len(backend.calls)
-        for client, call_id in backend.calls.values():
-            if client.calls.pop(call_id, None) is not None and not client.closed:
-                self._send(client, (error_frame(call_id, Code.PEER, error),))
-        backend.calls.clear()
+    def _leave_out(self, peer: _Peer) -> None:
+        """Look for the successor of a backend that is given no more calls."""
+        name = peer.backend
+        if name is not None and self._backends.get(name) is peer:
+            del self._backends[name]
+            with self._seek_lock:
+                self._again[name] = (Backoff(), time.monotonic())
+            self._seek()
 
-    def _reconnect(self) -> None:
-        now = time.monotonic()
-        for name, (backoff, when) in list(self._again.items()):
-            if now < when:
-                continue
+    def _seek(self) -> None:
+        """Have missing backends looked for by a thread that may wait."""
+        with self._seek_lock:
+            if self._seeker is None and not self._stopping:
+                self._seeker = threading.Thread(
+                    target=self._look_for_backends, name=f"{self.name}-seeker", daemon=True
+                )
+                self._seeker.start()
+
+    def _look_for_backends(self) -> None:
+        while not self._enough.is_set():
+            with self._seek_lock:
+                missing = list(self._again.items())
+                if not missing:
+                    self._seeker = None
+                    return
+            name, (backoff, when) = min(missing, key=lambda item: item[1][1])
+            if self._enough.wait(max(0.0, when - time.monotonic())):
+                return
             try:
-                self._connect(name)
-                del self._again[name]
-            except DmError as error:
+                found = endpoint.connect(self.host, name, self._transport, self._connect_timeout)
+            except Exception as error:
                 log.debug("%s: backend %s: %s", self.name, name, error)
-                self._again[name] = (backoff, now + backoff.pause())
+                with self._seek_lock:
+                    self._again[name] = (backoff, time.monotonic() + backoff.pause())
+                continue
+            with self._seek_lock:
+                del self._again[name]
+            self._found.append((name, *found))
+            with contextlib.suppress(ValueError):
+                self._relay.kick()
+
+    def _take_found(self) -> None:
+        while self._found:
+            name, channel, welcome = self._found.popleft()
+            try:
+                self._add_backend(name, channel, welcome)
+            except DmError as error:  # other methods: perhaps the next one of that name
+                log.warning("%s: backend %s: %s", self.name, name, error)
+                with self._seek_lock:
+                    backoff = Backoff()
+                    self._again[name] = (backoff, time.monotonic() + 1.0)
+                self._seek()
 
     # ------------------------------------------------------------ the loop
 
     def _run(self) -> None:
-        while not self._stopping:
-            timeout = None
-            if self._again or self._handshakes:
-                timeout = 0.05
-            try:
-                key = self._waits.wait(timeout)
-            except ValueError:
-                return
-            try:
-                self._event(key)
-                if self._again:
-                    self._reconnect()
-                if self._handshakes:
-                    self._expire()
-            except Exception:
-                if self._stopping:
-                    return
-                log.exception("%s: the forwarder stumbled", self.name)
+        try:
+            while not self._stopping:
+                what, key, text = self._relay.run(0.05 if self._handshakes else None)
+                try:
+                    self._event(what, key, text)
+                    if self._found:
+                        self._take_found()
+                    if self._handshakes:
+                        self._expire()
+                except Exception:
+                    log.exception("%s: the forwarder stumbled", self.name)
+                    peer = self._peers.get(key)
+                    if peer is not None:  # nobody would be told of it again
+                        self._close(peer, "the forwarder stumbled")
+        except Exception:
+            log.exception("%s: the forwarder ends", self.name)
+        finally:
+            self._end()
 
-    def _event(self, key: int | None) -> None:
-        if key is None or key == KICK:
+    def _event(self, what: int, key: int, text: str) -> None:
+        if what == RELAY_FD:
+            if key in self._listeners:
+                self._accept(*self._listeners[key])
+            elif key in self._handshakes:
+                self._shake(key)
             return
         peer = self._peers.get(key)
-        if peer is not None:
-            self._read(peer)
+        if peer is None:
             return
-        fd = self._fds.get(key, -1)
-        if fd in self._listeners:
-            self._accept(*self._listeners[fd])
-        elif fd in self._handshakes:
-            self._shake(fd)
-        elif fd in self._controls:
-            peer = self._controls[fd]
-            assert isinstance(peer.channel, RingChannel)
-            peer.channel.peer_ended()
-            self._read(peer)
-            self._close(peer, "the peer closed the connection or died")
-
-    def _read(self, peer: _Client | _Backend) -> None:
-        channel = peer.channel
-        try:
-            while not peer.closed:
-                data = channel.recv()
-                if data is None:
-                    if peer.backlog:
-                        self._flush(peer)
-                    if channel.arm():
-                        continue
-                    return
-                frame = frames.parse(data)
-                if isinstance(peer, _Client):
-                    self._from_client(peer, frame)
-                else:
-                    self._from_backend(peer, frame)
-        except PeerLost as error:
-            self._close(peer, str(error))
-        except RemoteProtocolError as error:
-            log.warning("%s: closing a connection: %s", self.name, error)
-            with contextlib.suppress(DmError):
-                channel.try_send((error_frame(0, Code.VERSION, error),), 0)
-            self._close(peer, str(error))
-
-    def _from_client(self, client: _Client, frame: Frame) -> None:
-        call_id = frame.call_id
-        if frame.kind == Kind.CALL:
-            if call_id <= client.last_id:
-                raise RemoteProtocolError(f"call {call_id} came after call {client.last_id}")
-            client.last_id = call_id
-            self._forward(client, frame)
-        elif frame.kind in (Kind.CANCEL, Kind.DISCARD):
-            found = client.calls.get(call_id)
-            if found is not None:
-                self._send(found[0], (frames.short(frame.kind, found[1]),))
-        else:
-            raise RemoteProtocolError(f"a client does not send frames of kind {frame.kind}")
-
-    def _forward(self, client: _Client, frame: Frame) -> None:
-        call_id = frame.call_id
-        backend = self._least_loaded()
-        if backend is None:
-            error: DmError = PeerLost(f"{self.name}: no backend can be reached")
-            self._send(client, (error_frame(call_id, Code.PEER, error),))
-            return
-        if self._nr_outstanding >= self._max_outstanding:
-            error = Overloaded(f"{self.name} has {self._max_outstanding} calls under way")
-            self._send(client, (error_frame(call_id, Code.OVERLOADED, error),))
-            return
-        there = next(backend.ids)
-        backend.calls[there] = (client, call_id)
-        client.calls[call_id] = (backend, there)
-        self._nr_outstanding += 1
-        frames.readdress(frame, there)
-        self._send(backend, (frame.data,))
-        self.nr_forwarded += 1
-        self.bytes_forwarded += len(frame.data)
-        self.forwarded_to[backend.name] += 1
-
-    def _least_loaded(self) -> _Backend | None:
-        backends = [backend for backend in self._backends.values() if not backend.leaving]
-        if len(backends) < 2:
-            return backends[0] if backends else None
-        first = next(self._turn) % len(backends)
-        return min(backends[first:] + backends[:first], key=lambda backend: len(backend.calls))
-
-    def _from_backend(self, backend: _Backend, frame: Frame) -> None:
-        if frame.kind in (Kind.REPLY, Kind.ERROR) and frame.call_id:
-            client, call_id = backend.calls.pop(frame.call_id, (None, 0))
-            if client is None:
-                raise RemoteProtocolError(f"a reply to call {frame.call_id}, which was not made")
-            self._nr_outstanding -= 1
-            client.calls.pop(call_id, None)
-            there = frame.call_id
-            if not client.closed:
-                frames.readdress(frame, call_id)
-                self.bytes_forwarded += len(frame.data)
-                if self._send(client, (frame.data,)):
-                    return
-            if frame.nr_refs:
-                self._send(backend, (frames.short(Kind.DISCARD, there),))
-        elif frame.kind == Kind.GOAWAY:
-            backend.leaving = True
-        else:
-            raise RemoteProtocolError(f"a server does not send frames of kind {frame.kind}")
-
-    # ------------------------------------------------------------ sending
-
-    def _send(self, peer: _Client | _Backend, parts: Parts) -> bool:
-        """Send, or keep for later; False: there is no peer any more."""
-        if peer.closed:
-            return False
-        total = sum(len(part) for part in parts)
-        try:
-            sent = 0 if peer.backlog else peer.channel.try_send(parts, 0)
-        except (PeerLost, RemoteProtocolError, ValueError) as error:
-            self._close(peer, str(error))
-            return False
-        if sent < total:
-            peer.backlog.append((parts, sent, total))
-            peer.backlog_bytes += total - sent
-            if peer.backlog_bytes > MAX_BACKLOG_BYTES:
-                self._close(peer, f"it left {peer.backlog_bytes} bytes unread")
-                return False
-        return True
-
-    def _flush(self, peer: _Client | _Backend) -> None:
-        while peer.backlog:
-            parts, sent, total = peer.backlog[0]
-            n = peer.channel.try_send(parts, sent)
-            peer.backlog_bytes -= n
-            if sent + n < total:
-                peer.backlog[0] = (parts, sent + n, total)
-                return
-            peer.backlog.popleft()
+        if what == RELAY_LEAVING:
+            self._leave_out(peer)  # its calls go on; its successor may be there already
+        elif what == RELAY_ENDED:
+            self._close(peer, text)
+        elif what == RELAY_BROKE:
+            log.warning("%s: closing a connection: %s", self.name, text)
+            self._close(peer, text, error_frame(0, Code.VERSION, RemoteProtocolError(text)))
 
     # ------------------------------------------------------------ accepting
 
@@ -421,11 +364,11 @@ class Forwarder:
                 log.warning("%s: cannot accept: %s", self.name, error)
             return
         handshake = Handshake(sock, kind)
-        if len(self._peers) + len(self._handshakes) >= self._max_connections:
-            handshake.refuse(Code.OVERLOADED, Overloaded(f"{self.name} has too many connections"))
+        if len(self._handshakes) >= MAX_HANDSHAKES:
+            handshake.channel.close()
             return
         self._handshakes[sock.fileno()] = handshake
-        self._watch(sock.fileno())
+        self._relay.watch(sock.fileno())
 
     def _shake(self, fd: int) -> None:
         handshake = self._handshakes[fd]
@@ -439,8 +382,12 @@ class Forwarder:
                     Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here")
                 )
                 return
+            if len(self._peers) - len(self._backends) >= self._max_connections:
+                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
+                handshake.refuse(Code.OVERLOADED, full)
+                return
             assert self._welcome is not None
-            self._add(_Client(handshake.welcome(self._welcome, self._ring_bytes), next(self._keys)))
+            self._add(handshake.welcome(self._welcome, self._ring_bytes), None)
         except (AccessDenied, InterfaceMismatch) as error:
             self._forget(fd)
             handshake.refuse(
@@ -452,7 +399,7 @@ class Forwarder:
 
     def _forget(self, fd: int) -> None:
         if self._handshakes.pop(fd, None) is not None:
-            self._unwatch(fd)
+            self._relay.unwatch(fd)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -465,22 +412,49 @@ class Forwarder:
 
     def stop(self) -> None:
         """Withdraw the name and end every connection; calls under way fail with PeerLost. Idempotent."""
-        if self._stopping:
-            return
+        if self._forked:
+            raise ForkedError(f"{self.name} is served by the parent of this forked child")
+        with self._seek_lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            seeker = self._seeker
+        if self._published:
+            with contextlib.suppress(DmError):
+                self.host.withdraw(self.name)
+        self._enough.set()
         with contextlib.suppress(DmError):
-            self.host.withdraw(self.name)
-        self._stopping = True
-        self._waits.kick(1)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(5)
-        error = ServiceStopping("stopped")
+            self._relay.kick()
+        me = threading.current_thread()
+        for thread in (self._thread, seeker):
+            if thread is not None and thread is not me:
+                thread.join(self._connect_timeout + 1.0)
+        self._drop_found()
+
+    def _end(self) -> None:
+        """Let go of everything; in the thread that runs the relay, or when there is none."""
         for peer in list(self._peers.values()):
-            self._close(peer, str(error))
+            self._close(peer, "stopped")
+        self._drop_found()
         for sock, _ in self._listeners.values():
             sock.close()
         for handshake in self._handshakes.values():
             handshake.channel.close()
-        self._waits.close()
+        self._relay.close()
+
+    def _drop_found(self) -> None:
+        while self._found:
+            self._found.popleft()[1].close()
+
+    def _after_fork(self) -> None:
+        """In a child: let go of descriptors, or peers would not notice when the parent ends."""
+        self._forked = self._stopping = True
+        for sock, _ in self._listeners.values():
+            sock.close()
+        for handshake in list(self._handshakes.values()):
+            handshake.channel.socket.close()
+        for peer in list(self._peers.values()):
+            release(peer.channel)
 
     def wait(self) -> None:
         """Wait until the forwarder is stopped by another thread or a signal handler."""

@@ -14,6 +14,7 @@ from ..host import Host as MemoryHost
 from . import objects
 from .client import Client, ClientInterceptor, Link, Options
 from .endpoint import RING_BYTES, Transport
+from .forwarder import Forwarder, published_once
 from .frames import MAX_FRAME_BYTES
 from .interface import Interface
 from .marshal import Marshaller, Serializer, Transfer
@@ -31,7 +32,7 @@ class Host(MemoryHost):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._threshold: int | None = None
-        self._ends: weakref.WeakSet[Server | Client] = weakref.WeakSet()
+        self._ends: weakref.WeakSet[Server | Client | Forwarder] = weakref.WeakSet()
 
     @property
     def threshold(self) -> int:
@@ -86,6 +87,7 @@ class Host(MemoryHost):
 
         Paper: IV.
         """
+        published_once(self, name)
         marshaller = Marshaller(self, threshold or self.threshold)
         server = Server(
             self,
@@ -111,7 +113,7 @@ class Host(MemoryHost):
     @overload
     def connect(self, name: str, service: type[ServiceType], **options: Any) -> ServiceType: ...
 
-    def connect(
+    def connect(  # type: ignore[misc]
         self,
         name: str,
         service: type[Any] | None = None,
@@ -180,8 +182,8 @@ class Host(MemoryHost):
         if not self.detached:
             for end in list(self._ends):
                 with contextlib.suppress(MisuseError):
-                    if isinstance(end, Server):
-                        end.stop()
-                    else:
+                    if isinstance(end, Client):
                         end.close()
+                    else:
+                        end.stop()
         super().detach()

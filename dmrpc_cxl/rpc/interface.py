@@ -15,6 +15,7 @@ from .marshal import Reader
 __all__ = ["Bound", "Interface"]
 
 MISSING = type("Missing", (), {"__slots__": ()})()  # the caller left it to the method's default
+RESERVED = frozenset({"aio", "close", "future", "using"})  # what clients have themselves
 _ALLOWED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -40,7 +41,8 @@ class Interface:
     without one takes whatever comes. Defaults are the server's.
 
     Raises:
-        TypeError: a method takes * or ** or keyword-only parameters, or there is none.
+        TypeError: a method takes * or ** or keyword-only parameters, has a name that clients use themselves, or there
+            is none.
     """
 
     def __init__(self, cls: type) -> None:
@@ -48,6 +50,7 @@ class Interface:
         self.methods: list[Method] = []
         self._parameters: list[Reader] = []
         self.results: dict[str, Any] = {}
+        self.defaults: dict[str, dict[str, Any]] = {}
         for name in sorted(dir(cls)):
             function = inspect.getattr_static(cls, name)
             if isinstance(function, (staticmethod, classmethod)):
@@ -59,7 +62,14 @@ class Interface:
 
     def _add(self, cls: type, name: str, function: Callable[..., Any]) -> None:
         static = isinstance(inspect.getattr_static(cls, name), staticmethod)
-        signature = inspect.signature(function)
+        if name in RESERVED:
+            raise TypeError(
+                f"{cls.__qualname__}.{name} cannot be called remotely: a client's own {name} is in the way; rename it"
+            )
+        try:
+            signature = inspect.signature(function, eval_str=True)
+        except (NameError, TypeError):  # said below
+            signature = inspect.signature(function)
         parameters = list(signature.parameters.values())[0 if static else 1 :]
         for parameter in parameters:
             if parameter.kind not in _ALLOWED:
@@ -90,6 +100,11 @@ class Interface:
                 inspect.getdoc(function),
             )
         )
+        self.defaults[name] = {
+            parameter.name: parameter.default
+            for parameter in parameters
+            if parameter.default is not inspect.Parameter.empty
+        }
         self.results[name] = hints.get("return", Any)
         self._parameters.append(_reader(name, fields))
 

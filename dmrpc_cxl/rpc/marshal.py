@@ -29,11 +29,12 @@ Paper: IV (size-aware transfer).
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import pickle
 import sys
 import threading
 import typing
-import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -42,9 +43,8 @@ import numpy as np
 
 from .._native import Buffer, Ref
 from ..errors import (
-    BadAddress,
-    BufferInUse,
     CannotSend,
+    DmError,
     OutOfFrames,
     RefTableFull,
     RemoteProtocolError,
@@ -52,6 +52,7 @@ from ..errors import (
 from ..host import Host
 from . import frames
 from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
+from .ownership import Example, Moved, buffer_of_lonely, lonely_arrays, move, move_whole
 
 __all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
 
@@ -63,6 +64,9 @@ ARRAY, BLOB, REF = 1, 2, 3
 BYTES, BYTEARRAY, VIEW = 0, 1, 2  # kinds of blobs
 GIL_BYTES = 65536  # copies from here on go through numpy, which lets other threads run
 ALIGNMENT = frames.INLINE_ALIGNMENT
+LONGEST_NAME = 64  # characters of the name of a type without fields
+MAX_DIMENSIONS = 32
+MAX_EXTENT = 1 << 48  # bytes, counting lengths of 0 as 1: no empty array of absurd lengths
 
 FLAGS_OF: dict[Transfer, int] = {
     "auto": 0,
@@ -77,6 +81,7 @@ _unpack_array = msgspec.msgpack.Decoder(tuple[int, int, Any, tuple[int, ...]]).d
 _unpack_blob = msgspec.msgpack.Decoder(tuple[int, int, int]).decode
 _unpack_ref = msgspec.msgpack.Decoder(int).decode
 _dtypes: dict[str, np.dtype[Any]] = {}
+_names: dict[np.dtype[Any], Any] = {}
 
 
 class Encoded(NamedTuple):
@@ -87,20 +92,7 @@ class Encoded(NamedTuple):
     refs: bytes  # held by this host until somebody accepts them
     inline: Sequence[memoryview | bytes]
     inline_bytes: int
-
-
-class Moved:
-    """An array or buffer that was given away: it can be sent once. Made by :func:`move`."""
-
-    __slots__ = ("dtype", "ref", "shape")
-
-    def __init__(self, ref: Ref, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> None:
-        self.ref = ref
-        self.dtype = dtype  # None: a Buffer
-        self.shape = shape
-
-    def __repr__(self) -> str:
-        return f"<Moved {self.ref.nbytes} bytes>"
+    lent: tuple[Ref, ...] = ()  # those of the Refs that the user made
 
 
 class _Blob:
@@ -113,74 +105,9 @@ class _Blob:
         self.kind = kind
 
 
-# ---------------------------------------------------------------- arrays in DM
-
-
-def _buffer_under(array: np.ndarray[Any, Any]) -> Buffer | None:
-    """Return the Buffer that an array shows whole, made by Buffer.numpy() and nobody else's view."""
-    base = array.base
-    if type(base) is not np.ndarray or type(base.base) is not memoryview:
-        return None
-    buffer = base.base.obj
-    if not isinstance(buffer, Buffer) or buffer.freed or buffer.views != 1:
-        return None
-    if sys.getrefcount(base) > _LONELY_BASE:  # a slice of the array would be one more
-        return None
-    whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
-    return buffer if whole and array.__array_interface__["data"][0] == buffer.address else None
-
-
-def _count_of_a_fresh_base() -> int:
-    array = np.ndarray((1,), "u1", buffer=np.frombuffer(bytearray(1), "u1"))
-    base = array.base
-    return sys.getrefcount(base)
-
-
-_LONELY_BASE = _count_of_a_fresh_base()
-_EMPTY = (1, (0,), np.dtype("u1"), False, b"")
-
-
-def _disarm(array: np.ndarray[Any, Any]) -> None:
-    """Make an array empty in place, so that nothing can reach the memory that it showed."""
-    array.__setstate__(_EMPTY)
-
-
-def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
-    """Give an array (or Buffer) in DM away, to be sent without sharing: ``service.method(move(array))``.
-
-    The array is empty afterwards. No page is protected or counted, and the receiver gets exclusive memory, whatever the
-    size. What is not sent is freed.
-
-    Args:
-        target: an array that shows all of a Buffer, such as Host.empty, zeros, array and RPC make; or a Buffer.
-
-    Raises:
-        BadAddress: not in DM, or a part only.
-        BufferInUse: other views on the memory are alive.
-    """
-    if isinstance(target, Buffer):
-        return Moved(target.host.create_ref(target, move=True), None, (target.nbytes,))
-    buffer = _buffer_under(target) if isinstance(target, np.ndarray) else None
-    if buffer is None:
-        base = getattr(getattr(target, "base", None), "base", None)
-        if type(base) is memoryview and isinstance(base.obj, Buffer):
-            raise BufferInUse(
-                "move: other views on this array's memory are alive, or it shows a part of it only"
-            )
-        raise BadAddress(
-            "move: this is no array in DM; make it with host.empty() or host.array(), or send it as it is"
-        )
-    return _move_whole(target, buffer)
-
-
-def _move_whole(array: np.ndarray[Any, Any], buffer: Buffer) -> Moved:
-    moved = Moved(buffer.host.move_viewed(buffer), array.dtype, array.shape)
-    _disarm(array)
-    return moved
-
-
 def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def _copy_into_dm(host: Host, source: np.ndarray[Any, Any]) -> Ref:
@@ -207,40 +134,63 @@ class _Outgoing:
         "host",
         "inline",
         "inline_bytes",
-        "may_move",
+        "known",
+        "lent",
+        "movable",
         "refs",
         "threshold",
         "transfer",
+        "value",
+        "written",
     )
 
-    def __init__(self, host: Host, transfer: Transfer, threshold: int, may_move: bool) -> None:
+    def __init__(
+        self, host: Host, transfer: Transfer, threshold: int, value: list[Any] | None
+    ) -> None:
         self.host = host
         self.transfer = transfer
         self.threshold = threshold
-        self.may_move = may_move
+        self.value = value  # whose arrays may change hands; None: they may not
+        self.movable: dict[int, bool] | None = None
         self.flags = 0
         self.refs = b""
         self.inline: list[memoryview | bytes] = []
         self.inline_bytes = 0
+        self.lent: list[Ref] = []
+        self.written: list[tuple[Any, Any]] = []  # what stands in the message, and for what
+        self.known: dict[int, list[Any]] | None = None  # the same, when all is written once more
 
     def add(self, value: Any) -> Any:
         """Return what stands in the message for a value that msgpack cannot hold."""
+        if self.known is not None and (known := self.known.get(id(value))):
+            return known.pop()
         if isinstance(value, np.ndarray):
-            return self._array(value)
-        if isinstance(value, Moved):
-            return self._moved(value)
-        if isinstance(value, _Blob):
+            extension = self._array(value)
+        elif isinstance(value, Moved):
+            extension = self._moved(value)
+        elif isinstance(value, _Blob):
             return self._blob(value)
-        if isinstance(value, Buffer):
-            return self._blob(_Blob(memoryview(value), VIEW))
-        if isinstance(value, Ref):
-            return msgspec.msgpack.Ext(REF, _pack(self._ref(value)))
-        if isinstance(value, np.generic):
-            return value.item()
-        raise CannotSend(
-            f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent: use plain values, dataclasses, "
-            "msgspec structs, arrays and buffers, or serializer='pickle'"
-        )
+        elif isinstance(value, Buffer):
+            extension = self._blob(_Blob(memoryview(value), VIEW))
+        elif isinstance(value, Ref):
+            extension = msgspec.msgpack.Ext(REF, _pack(self._lend(value)))
+        elif isinstance(value, np.generic) and not isinstance(
+            plain := value.item(), (np.generic, complex)
+        ):
+            return plain
+        else:
+            raise CannotSend(
+                f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent: use plain values, dataclasses, "
+                "msgspec structs, arrays and buffers, or serializer='pickle'"
+            )
+        self.written.append((value, extension))
+        return extension
+
+    def begin_again(self) -> None:
+        """Write the whole value once more; what has been taken care of stays as it is."""
+        self.known = {}
+        for value, extension in reversed(self.written):
+            self.known.setdefault(id(value), []).append(extension)
 
     def _by_ref(self, nbytes: int) -> bool:
         return nbytes > 0 and (
@@ -251,21 +201,30 @@ class _Outgoing:
         self.refs += ref.to_bytes()
         return len(self.refs) // REF_BYTES - 1
 
+    def _lend(self, ref: Ref) -> int:
+        place = self._ref(ref)
+        self.lent.append(ref)
+        return place
+
     def _inline(self, data: memoryview) -> int:
         gap = -self.inline_bytes % ALIGNMENT
         if gap:
             self.inline.append(bytes(gap))
         place = self.inline_bytes + gap
-        self.inline.append(data)
-        self.inline_bytes = place + data.nbytes
+        self.inline.append(
+            data if data.nbytes else b"\0"
+        )  # that there is an inline part says: extensions
+        self.inline_bytes = place + (data.nbytes or 1)
         return -1 - place
 
     def _array(self, array: np.ndarray[Any, Any]) -> msgspec.msgpack.Ext:
         dtype = array.dtype
         if dtype.hasobject:
             raise CannotSend(f"an array of {dtype} holds Python objects: use serializer='pickle'")
+        if isinstance(array, np.ma.MaskedArray):
+            raise CannotSend("a masked array is two arrays: send its data and its mask")
         nbytes, shape = array.nbytes, array.shape
-        name: Any = dtype.str if dtype.names is None else np.lib.format.dtype_to_descr(dtype)
+        name = _names.get(dtype) or _name_of(dtype)
         place = None
         if self._by_ref(nbytes):
             try:
@@ -280,23 +239,27 @@ class _Outgoing:
     def _ref_to(self, array: np.ndarray[Any, Any]) -> Ref:
         if self.transfer != "copy" and array.flags.c_contiguous and self.host.contains(array):
             # Only the value that is being sent refers to it: nobody will miss it.
-            if (
-                self.may_move
-                and sys.getrefcount(array) <= _LONELY
-                and not weakref.getweakrefcount(array)
-            ):
-                buffer = _buffer_under(array)
+            if self.value is not None and sys.getrefcount(array) <= _LONELY[self._in_field(array)]:
+                buffer = buffer_of_lonely(array)
                 if buffer is not None and buffer.host is self.host:
-                    return _move_whole(array, buffer).ref
+                    return move_whole(array, buffer).ref
             return self.host.create_ref(_bytes_of(array))
         return _copy_into_dm(self.host, array)
 
+    def _in_field(self, array: np.ndarray[Any, Any]) -> int:
+        """Return which count of references says that nobody else holds an array: 0 to 2, see _LONELY."""
+        if self.movable is None:
+            assert self.value is not None
+            self.movable = lonely_arrays(self.value, _LONELY_CONTAINER)
+        in_field = self.movable.get(id(array))
+        return 2 if in_field is None else int(in_field)
+
     def _moved(self, moved: Moved) -> msgspec.msgpack.Ext:
         dtype, nbytes = moved.dtype, moved.ref.nbytes
-        place = self._ref(moved.ref)
+        place = self._lend(moved.ref)
         if dtype is None:
             return msgspec.msgpack.Ext(BLOB, _pack((place, nbytes, VIEW)))
-        name: Any = dtype.str if dtype.names is None else np.lib.format.dtype_to_descr(dtype)
+        name = _names.get(dtype) or _name_of(dtype)
         return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, moved.shape)))
 
     def _blob(self, blob: _Blob) -> msgspec.msgpack.Ext:
@@ -310,53 +273,78 @@ class _Outgoing:
                 else:
                     place = self._ref(_copy_into_dm(self.host, np.frombuffer(data, "u1")))
             except (OutOfFrames, RefTableFull):
-                if self.transfer != "auto":
+                if self.transfer != "auto" or data.nbytes > frames.MAX_FRAME_BYTES // 2:
                     raise
         if place is None:
             place = self._inline(data)
         return msgspec.msgpack.Ext(BLOB, _pack((place, data.nbytes, blob.kind)))
 
-    def drop(self) -> None:
-        """Give back the Refs of a value that is not sent after all."""
-        if self.refs:
-            self.host.drop_refs(self.refs)
+
+def _name_of(dtype: np.dtype[Any]) -> Any:
+    """Return what stands for a type in a message: its short name, or the list of its fields."""
+    try:
+        name = dtype.str if dtype.names is None else np.lib.format.dtype_to_descr(dtype)
+        if _dtype(msgspec.msgpack.decode(_pack(name))) != dtype:
+            raise ValueError("it has no name that others can read")
+    except (ValueError, TypeError, RemoteProtocolError) as error:
+        raise CannotSend(f"an array of {dtype}: {error}") from None
+    if len(_names) < 256:
+        _names[dtype] = name
+    return name
 
 
 class _Here(threading.local):
-    outgoing: _Outgoing
-    incoming: _Incoming
+    """What the hooks of this thread work for. Pickles call code of users, which may call services: set, then put back."""
+
+    outgoing: _Outgoing | None = None
+    incoming: _Incoming | None = None
 
 
 _here = _Here()
 
 
 def _add(value: Any) -> Any:
-    return _here.outgoing.add(value)
+    return _here.outgoing.add(value)  # type: ignore[union-attr]
 
 
-_encode = msgspec.msgpack.Encoder(enc_hook=_add).encode
+_encode_hooked = msgspec.msgpack.Encoder(enc_hook=_add).encode
 _encode_plain = msgspec.msgpack.Encoder().encode
 
 
-def _count_of_a_lonely_element() -> int:
-    """Return sys.getrefcount of an array that only the value being encoded refers to, seen from _ref_to."""
+def _encode(value: Any, outgoing: _Outgoing) -> bytes:
+    before = _here.outgoing
+    _here.outgoing = outgoing
+    try:
+        return _encode_hooked(value)
+    finally:
+        _here.outgoing = before
+
+
+def _count_lonely() -> tuple[tuple[int, int, int], int]:
+    """Return how many references there are, seen from _ref_to, when only the value being encoded refers to something.
+
+    To an array that is an element, one that is in the field of a dataclass, one that is not to be moved; and to a container.
+    """
     seen: list[int] = []
+    limits: list[int] = []
 
     class Probe(_Outgoing):
         __slots__ = ()
 
         def _ref_to(self, array: np.ndarray[Any, Any]) -> Ref:
             seen.append(sys.getrefcount(array))
+            assert self.value is not None
+            limits.append(next((n for n in range(1, 9) if lonely_arrays(self.value, n)), 0))
             raise OutOfFrames
 
-    _here.outgoing = Probe(None, "auto", 0, True)  # type: ignore[arg-type]
-    _encode([np.zeros(1)])
-    return seen[0]
+    for made in (lambda: [np.zeros(1)], lambda: Example(np.zeros(1))):
+        box = [made()]
+        _encode(box, Probe(None, "auto", 0, box))  # type: ignore[arg-type]
+    return (seen[0], seen[1], 0), limits[0]
 
-
-_LONELY = _count_of_a_lonely_element()
 
 _BLOBS = (bytes, bytearray, memoryview)
+_NATIVE = (*_BLOBS, datetime.datetime)  # that msgpack has types of its own for
 
 
 def _without_blobs(value: Any, limit: int) -> Any:
@@ -372,7 +360,7 @@ def _without_blobs(value: Any, limit: int) -> Any:
         kept[id(token)] = item
         return token
 
-    plain = msgspec.to_builtins(value, builtin_types=_BLOBS, enc_hook=keep)
+    plain = msgspec.to_builtins(value, builtin_types=_NATIVE, enc_hook=keep)
     return _replace(plain, kept, limit)
 
 
@@ -389,10 +377,7 @@ def _replace(value: Any, kept: dict[int, Any], limit: int) -> Any:
             if isinstance(value, bytearray)
             else VIEW
         )
-        view = memoryview(value)
-        return _Blob(
-            view if view.c_contiguous and view.format == "B" else memoryview(view.tobytes()), kind
-        )
+        return _Blob(_plain_view(value), kind)
     if isinstance(value, dict):
         return {
             _replace(key, kept, sys.maxsize): _replace(item, kept, limit)
@@ -401,6 +386,16 @@ def _replace(value: Any, kept: dict[int, Any], limit: int) -> Any:
     if isinstance(value, (list, tuple)):
         return [_replace(item, kept, limit) for item in value]
     return value
+
+
+def _plain_view(value: bytes | bytearray | memoryview) -> memoryview:
+    """Return a view of bytes in one dimension."""
+    view = memoryview(value)
+    if view.format == "B" and view.ndim == 1 and view.c_contiguous:
+        return view
+    with contextlib.suppress(TypeError):  # not contiguous, or elements that Python does not know
+        return view.cast("B")
+    return memoryview(view.tobytes())
 
 
 # ---------------------------------------------------------------- reading
@@ -425,9 +420,11 @@ class _Incoming:
             if code == REF:
                 return Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
             raise RemoteProtocolError(f"a value of unknown extension type {code}")
-        except msgspec.DecodeError as error:
+        except DmError as error:  # msgspec would wrap it
+            self.failure = error
+        except (msgspec.DecodeError, ValueError, TypeError, RecursionError, OverflowError) as error:
             self.failure = RemoteProtocolError(f"an extension that cannot be read: {error}")
-        except Exception as error:  # msgspec would wrap it
+        except Exception as error:
             self.failure = error
         raise self.failure
 
@@ -438,6 +435,8 @@ class _Incoming:
 
     def _inline(self, place: int, nbytes: int) -> int:
         frame = self.frame
+        if not nbytes:
+            return 0  # there may be no inline part at all
         at = frame.inline_at + (-1 - place)
         if not frame.inline_at or nbytes < 0 or at + nbytes > len(frame.data):
             raise RemoteProtocolError(
@@ -449,16 +448,19 @@ class _Incoming:
         self, place: int, nbytes: int, name: Any, shape: tuple[int, ...]
     ) -> np.ndarray[Any, Any]:
         dtype = _dtype(name)
-        size = dtype.itemsize
+        size = extent = dtype.itemsize
         for length in shape:
             if length < 0:
                 raise RemoteProtocolError(f"an array of shape {shape}")
             size *= length
-        if size != nbytes or len(shape) > 32:
+            extent *= length or 1
+        if size != nbytes or extent > MAX_EXTENT or len(shape) > MAX_DIMENSIONS:
             raise RemoteProtocolError(f"an array of {dtype}, shape {shape} in {nbytes} bytes")
         if place < 0:
             at = self._inline(place, nbytes)
-            return np.ndarray(shape, dtype, buffer=np.frombuffer(self.frame.data, "u1"), offset=at)
+            whole = np.frombuffer(self.frame.data, "u1")
+            array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=whole, offset=at)
+            return array
         buffer = self.host.view_ref(self._ref(place))
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
@@ -480,6 +482,8 @@ def _dtype(name: Any) -> np.dtype[Any]:
     known = _dtypes.get(name) if isinstance(name, str) else None
     if known is not None:
         return known
+    if isinstance(name, str) and len(name) > LONGEST_NAME:
+        raise RemoteProtocolError(f"an array of unknown type {name:.20}...")
     try:
         dtype = (
             np.dtype(name) if isinstance(name, str) else np.lib.format.descr_to_dtype(_descr(name))
@@ -488,13 +492,15 @@ def _dtype(name: Any) -> np.dtype[Any]:
         raise RemoteProtocolError(f"an array of unknown type {name!r:.80}: {error}") from None
     if dtype.hasobject:
         raise RemoteProtocolError(f"an array of {dtype}, which holds objects")
+    if dtype.subdtype is not None or not dtype.itemsize:
+        raise RemoteProtocolError(f"an array of {dtype}, whose elements are arrays or nothing")
     if isinstance(name, str) and len(_dtypes) < 256:
         _dtypes[name] = dtype
     return dtype
 
 
 def _descr(name: Any) -> Any:
-    """Lists back to the tuples that numpy wants."""
+    """Turn lists back into the tuples that numpy wants."""
     if isinstance(name, list):
         return [
             tuple(
@@ -513,17 +519,17 @@ def _descr(name: Any) -> Any:
 
 
 def _read(code: int, data: memoryview) -> Any:
-    try:
-        incoming = _here.incoming
-    except AttributeError:
-        raise RuntimeError("an extension in a message that has nothing outside of it") from None
+    incoming = _here.incoming
+    if incoming is None:
+        raise RuntimeError("an extension in a message that has nothing outside of it")
     return incoming.read(code, data)
 
 
 def _check_custom(wanted: Any, value: Any) -> Any:
     """Tell msgspec whether a value is of a type that it does not know."""
-    origin = typing.get_origin(wanted) or wanted
-    if not isinstance(origin, type) or not isinstance(value, origin):
+    origin: Any = typing.get_origin(wanted) or wanted
+    fits: bool = isinstance(origin, type) and isinstance(value, origin)
+    if not fits:
         raise ValueError(
             f"Expected `{getattr(origin, '__name__', origin)}`, got `{type(value).__name__}`"
         )
@@ -557,6 +563,7 @@ class Reader:
         """
         if not (frame.nr_refs or frame.inline_at or frame.flags & SPECIAL_FLAGS):
             return self._read_plain(frame)
+        before = _here.incoming
         incoming = _here.incoming = _Incoming(host, frame)
         try:
             if frame.flags & SPECIAL_FLAGS:
@@ -569,7 +576,7 @@ class Reader:
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise RemoteProtocolError(f"a message that cannot be read: {error}") from None
         finally:
-            del _here.incoming
+            _here.incoming = before
 
     def _read_plain(self, frame: Frame) -> Any:
         """Read what has all its bytes in the message, as most small calls do."""
@@ -586,8 +593,11 @@ class Reader:
 
     def _read_blobs(self, frame: Frame) -> Any:
         plain = _decode_plain(frame.body)
+        _here.incoming = None
         if not frame.flags & PICKLED:
-            return msgspec.convert(plain, self.wanted, builtin_types=_BLOBS, dec_hook=_check_custom)
+            return msgspec.convert(
+                plain, self.wanted, builtin_types=_NATIVE, dec_hook=_check_custom
+            )
         if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list):
             raise RemoteProtocolError("a pickle without its list of buffers")
         try:
@@ -602,7 +612,33 @@ class Reader:
 _decode_plain = msgspec.msgpack.Decoder(ext_hook=_read).decode
 
 
+_LONELY, _LONELY_CONTAINER = _count_lonely()
+
+
 # ---------------------------------------------------------------- both
+
+_UNSENDABLE = (
+    TypeError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    AttributeError,
+    BufferError,
+    pickle.PicklingError,
+)
+
+
+def _take_back(host: Host, refs: bytes | bytearray, lent: list[Ref] | tuple[Ref, ...]) -> None:
+    if lent:
+        theirs = set()
+        for ref in lent:
+            with contextlib.suppress(DmError):  # used up by somebody else
+                theirs.add(ref.to_bytes())
+                ref.accept()  # from now on dropped when forgotten, as if it had never been sent
+        every = (bytes(refs[at : at + REF_BYTES]) for at in range(0, len(refs), REF_BYTES))
+        refs = b"".join(ref for ref in every if ref not in theirs)
+    if refs:
+        host.drop_refs(refs)
 
 
 class Marshaller:
@@ -619,8 +655,8 @@ class Marshaller:
         """
         try:
             body = _encode_plain(value)
-        except (TypeError, OverflowError, RecursionError):
-            return None
+        except _UNSENDABLE:
+            return None  # write() says why, if it cannot either
         if transfer == "auto":
             return body if len(body) < self.threshold else None
         return body if transfer == "value" or len(body) < REF_BYTES else None
@@ -639,31 +675,40 @@ class Marshaller:
             value: plain values, dataclasses, msgspec structs, arrays, buffers; anything picklable with "pickle".
             transfer: see the head of this file.
             serializer: how to write it.
-            may_move: nobody will use the value afterwards; arrays in it that nobody else refers to change hands.
+            may_move: nobody will use the value, a list, afterwards; arrays in it that nobody else refers to change hands.
 
         Raises:
             CannotSend: it cannot be written.
             OutOfFrames: by Ref was asked for, and DM has no room.
         """
-        outgoing = _Outgoing(self.host, transfer, self.threshold, may_move)
-        _here.outgoing = outgoing
+        outgoing = _Outgoing(self.host, transfer, self.threshold, value if may_move else None)
         try:
             if serializer == "pickle":
                 body = self._pickled(value, outgoing)
             else:
-                body = _encode(value)
+                body = _encode(value, outgoing)
                 if transfer != "value" and len(body) > (
                     self.threshold if transfer == "auto" else REF_BYTES
                 ):
                     body = self._again_without_blobs(value, outgoing, body)
         except BaseException as error:
-            outgoing.drop()
-            if isinstance(
-                error, (TypeError, OverflowError, RecursionError, pickle.PicklingError)
-            ) and not isinstance(error, CannotSend):
+            _take_back(self.host, outgoing.refs, outgoing.lent)
+            if isinstance(error, _UNSENDABLE) and not isinstance(error, DmError):
                 raise CannotSend(f"this value cannot be sent: {error}") from error
             raise
-        return Encoded(body, outgoing.flags, outgoing.refs, outgoing.inline, outgoing.inline_bytes)
+        return Encoded(
+            body,
+            outgoing.flags,
+            outgoing.refs,
+            outgoing.inline,
+            outgoing.inline_bytes,
+            tuple(outgoing.lent) if outgoing.lent else (),
+        )
+
+    def take_back(self, encoded: Encoded) -> None:
+        """Undo write() for a value that did not leave: the user's own Refs are as before, the others are dropped."""
+        if encoded.refs:
+            _take_back(self.host, encoded.refs, encoded.lent)
 
     def _again_without_blobs(self, value: Any, outgoing: _Outgoing, body: bytes) -> bytes:
         """Large bytes are in the body: write it again with those outside."""
@@ -671,16 +716,15 @@ class Marshaller:
         plain = _without_blobs(value, limit)
         if not _has_blob(plain):
             return body
-        outgoing.drop()
-        outgoing.refs, outgoing.inline, outgoing.inline_bytes = b"", [], 0
-        return _encode(plain)
+        outgoing.begin_again()
+        return _encode(plain, outgoing)
 
     def _pickled(self, value: Any, outgoing: _Outgoing) -> bytes:
         outside: list[pickle.PickleBuffer] = []
         raw = pickle.dumps(value, 5, buffer_callback=outside.append)
         outgoing.flags |= PICKLED
         blobs = [_Blob(buffer.raw(), VIEW) for buffer in outside]
-        return _encode((raw, blobs))
+        return _encode((raw, blobs), outgoing)
 
 
 def _has_blob(value: Any) -> bool:

@@ -36,16 +36,16 @@ def put(host: Host, value: Any) -> Ref:
     outside: list[pickle.PickleBuffer] = []
     try:
         raw = pickle.dumps(value, 5, buffer_callback=outside.append)
-    except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+        views = [buffer.raw() for buffer in outside]
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError, BufferError) as error:
         raise CannotSend(f"this object cannot be pickled: {error}") from error
-    views = [buffer.raw() for buffer in outside]
     table = HEAD.size + LENGTH.size * len(views)
     places, size = [], table + len(raw)
     for view in views:
         places.append(_up(size))
         size = places[-1] + view.nbytes
     buffer = host.ralloc(size, zero=False)
-    target = buffer.numpy()
+    target: Any = buffer.numpy()
     HEAD.pack_into(target, 0, MAGIC, len(raw), len(views))
     for i, view in enumerate(views):
         LENGTH.pack_into(target, HEAD.size + LENGTH.size * i, view.nbytes)

@@ -4,11 +4,19 @@ Who reads. All workers wait for all connections (_native.WaitSet). Whoever gets 
 itself: no hand-over, so a lone client costs one wake-up per call. While a call runs nobody reads on its connection, until
 
 - the method is about to wait for another service: it says so (Call.about_to_block), and another worker is let in;
-- the warden thread, which ticks while calls run, finds unread frames and a call that takes long: it reads them itself and
-  queues them for the other workers. That is also how CANCEL reaches a server whose workers are all busy, and where calls
-  beyond the limits are refused.
+- the warden thread, which ticks while calls run, finds a call that takes long: it reads what came behind it, and queues
+  that for the other workers. When no worker is left to wait, it starts one; when there are as many as there may be, it reads
+  every connection. That is how CANCEL reaches a server whose workers are all busy, and where calls beyond the limits
+  are refused: the queue is full, and no call has ended for PATIENCE ticks. Before that, calls wait where they are.
 
 Nobody waits for a slow reader: what a connection does not take at once is kept for it, up to a limit, then it is closed.
+
+Who reads looks a little ahead, for CANCEL: a call whose caller has given up meanwhile is not run. The calls it finds wait
+in connection.ahead, and are taken from there before anything else is read.
+
+No wake-up is lost: a worker notes its call and then looks whether the warden is parked; the warden says that it is parked,
+and then looks for calls. What does not fit into a connection is in its backlog before the connection is asked to tell of
+room.
 
 Refs. Those of a call stay the caller's until its arguments are read. Those of a reply are remembered until somebody has
 accepted them, and dropped when the connection ends or the reply is discarded.
@@ -20,6 +28,7 @@ import asyncio
 import collections
 import contextlib
 import functools
+import inspect
 import itertools
 import logging
 import os
@@ -28,7 +37,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -41,6 +50,7 @@ from ..errors import (
     CannotSend,
     DeadlineExceeded,
     DmError,
+    ForkedError,
     InterfaceMismatch,
     LocalProtocolError,
     Overloaded,
@@ -55,8 +65,9 @@ from ..errors import (
 from ..host import Host
 from . import frames
 from .calls import Call, _current
-from .channel import Channel, Parts, RingChannel
+from .channel import Channel, Parts, RingChannel, TcpChannel
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
+from .forks import not_for_children, release
 from .frames import CALL, PICKLED, REPLY, TRANSFER_MASK, Code, Frame, Kind, Welcome
 from .interface import MISSING, Bound, Interface
 from .marshal import TRANSFER_OF, Marshaller, Serializer
@@ -70,8 +81,14 @@ Interceptor: TypeAlias = Callable[[Call, Callable[[], Any]], Any]
 KICK = -1
 TICK_SECONDS = 0.005
 TICKS_WITHOUT_WORK = 20
-PATIENCE_SECONDS = 0.05  # a queue whose first call waits longer than this does not move
+AHEAD, AHEAD_BYTES = (
+    32,
+    1 << 20,
+)  # calls, and about how many bytes, taken off a connection before they run
+PATIENCE = 5  # ticks without a call that ended: from then on calls beyond the queue are refused
+JOIN_SECONDS = 5.0  # for all threads of a server together, when it stops
 MAX_BACKLOG_BYTES = 256 << 20  # kept for a connection that does not read
+MAX_HANDSHAKES = 256
 UNSETTLED_REPLIES = 64
 NO_ARGUMENTS = b"\x90"  # an empty list
 _astuple = msgspec.structs.astuple
@@ -82,11 +99,14 @@ class _Connection:
     """A client."""
 
     __slots__ = (
+        "ahead",
         "backlog",
         "backlog_bytes",
         "calls",
         "channel",
         "closed",
+        "has_more",
+        "inline",
         "key",
         "last_id",
         "let_others_in",
@@ -102,15 +122,28 @@ class _Connection:
         self.let_others_in: Callable[[], None] = lambda: None
         self.read_lock = threading.Lock()
         self.send_lock = threading.Lock()
+        self.has_more = _look_at(channel)  # without a system call
         self.last_id = 0
+        self.ahead: collections.deque[tuple[Frame, Call]] = collections.deque()
         self.calls: dict[int, Call] = {}
-        self.backlog: collections.deque[tuple[Parts, int, int]] = (
+        self.inline: dict[
+            int, float
+        ] = {}  # calls that run on the thread that read them, since when
+        self.backlog: collections.deque[tuple[Parts | bytes, int, int]] = (
             collections.deque()
         )  # parts, sent, total
         self.backlog_bytes = 0
         self.unsettled: collections.deque[tuple[int, bytes]] = (
             collections.deque()
         )  # call id, Refs of its reply
+
+
+def _look_at(channel: Channel) -> Callable[[], bool]:
+    """Return what tells whether more has arrived, as far as this process knows."""
+    if isinstance(channel, RingChannel):
+        return channel.ring.has_data
+    assert isinstance(channel, TcpChannel)
+    return lambda: channel._to != channel._from
 
 
 class Server:
@@ -121,7 +154,7 @@ class Server:
         endpoint: what is published.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0915
         self,
         host: Host,
         service: object,
@@ -152,6 +185,7 @@ class Server:
         self._welcome = Welcome(
             frames.PROTOCOL, interface.name, tuple(interface.methods), host.id, pickle, max_frame
         )
+        self._max_plain = max_frame - frames.HEADER_BYTES
         self._interceptors = tuple(interceptors)
         self._pickle = pickle
         self._tracebacks = tracebacks
@@ -162,6 +196,7 @@ class Server:
         self._given_loop = loop
         self._loop: asyncio.AbstractEventLoop | None = loop
         self._loop_thread: threading.Thread | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # a loop holds its tasks only weakly
 
         self._lock = threading.Lock()  # over what follows
         self._idle = threading.Condition(self._lock)
@@ -173,8 +208,15 @@ class Server:
         )  # have frames, and nobody was told
         self._threads: list[threading.Thread] = []
         self._waiting: set[int] = set()  # workers in WaitSet.wait
+        self._running: dict[int, float] = {}  # threads that run queued calls, and since when
         self._draining = False
         self._stopped = False
+        self._ended = threading.Event()  # stop() is through
+        self._stopper: threading.Thread | None = None
+        self._published = False
+        self._forked = False
+        self._ticks_stuck = 0  # since a call has ended
+        self._ticks_full = 0  # since a worker was seen waiting
         self._warden_parked = True
         self._nr_served = 0
         self.counts: collections.Counter[str] = collections.Counter()
@@ -194,7 +236,7 @@ class Server:
             try:
                 sock, address = listen_tcp(*where)
             except OSError as error:
-                unix.close()
+                self._waits.close()
                 self._close_all()
                 raise PeerError(f"cannot listen on {where}: {error}") from error
             self._listen(sock, "tcp")
@@ -205,9 +247,16 @@ class Server:
             self._add_worker()
         try:
             host.publish(name, self.endpoint)
+            self._published = True
         except BaseException:
             self.stop(0)
             raise
+        not_for_children(self)
+
+    @property
+    def published(self) -> bool:
+        """Whether clients find this server under its name."""
+        return self._published and not self._draining
 
     def __enter__(self) -> Server:
         return self
@@ -240,19 +289,24 @@ class Server:
                 return
             finally:
                 waiting.discard(me)
-            if key == KICK:
-                while self._attention:
-                    with contextlib.suppress(IndexError):
-                        self._attend(self._attention.popleft())
-                self._work_off_queue()
-                continue
-            connection = connections.get(key)
-            if connection is not None:
-                if self._warden_parked:
-                    self._kick_warden()
-                self._attend(connection)
+            try:
+                if key == KICK:
+                    while (waits_for_us := self._next_attention()) is not None:
+                        self._attend(waits_for_us)
+                else:
+                    connection = None if key is None else connections.get(key)
+                    if connection is not None:
+                        self._attend(connection)
                 if self._queue:
                     self._work_off_queue()
+            except Exception:  # of ours: what methods raise is their callers'
+                log.exception("%s: a worker stumbled", self.name)
+
+    def _next_attention(self) -> _Connection | None:
+        try:
+            return self._attention.popleft()
+        except IndexError:
+            return None
 
     def _attend(self, connection: _Connection) -> None:
         """Read and run what a connection has, until it has nothing."""
@@ -261,17 +315,24 @@ class Server:
             # Whoever holds it may have armed the ring just now, and this thread got its report: it has to look.
             connection.read_lock.acquire()
             try:
+                call: Call | None
                 try:
-                    data = channel.recv()
-                    if data is None:
-                        if connection.backlog:
-                            self._flush(connection)
-                        if channel.arm():
-                            continue
-                        return
-                    frame = _parse(data)
-                    del data
-                    call = self._admit(connection, frame)
+                    waited = bool(connection.ahead)
+                    if waited:
+                        frame, call = connection.ahead.popleft()
+                    else:
+                        data = channel.recv()
+                        if data is None:
+                            if connection.backlog:
+                                self._flush(connection)
+                            if channel.arm():
+                                continue
+                            return
+                        frame = _parse(data)
+                        del data
+                        call = self._admit(connection, frame)
+                    if connection.has_more():
+                        self._read_ahead(connection)
                 except (PeerLost, ValueError) as error:
                     self._close(connection, error)
                     return
@@ -282,18 +343,43 @@ class Server:
                 connection.read_lock.release()
             if call is None:
                 continue
-            call.about_to_block = (
-                connection.let_others_in
-            )  # which also says that it runs on this thread
-            self._run(connection, frame, call)
+            call_id = frame.call_id
+            connection.inline[call_id] = time.monotonic() if waited else call.since
+            if self._warden_parked:
+                self._kick_warden()
+            call.about_to_block = connection.let_others_in
+            try:
+                self._run(connection, frame, call, waited)
+            finally:
+                del connection.inline[call_id]
             del frame, call
+            if self._queue:
+                # A connection that always has more must not keep queued calls waiting. One of those may take long: another
+                # worker is to go on here.
+                self._attention.append(connection)
+                self._kick_worker(1)
+                return
+
+    def _read_ahead(self, connection: _Connection) -> None:
+        """Look for CANCEL among the next frames. Context: read_lock held."""
+        ahead = connection.ahead
+        room = AHEAD_BYTES
+        while len(ahead) < AHEAD and room > 0:
+            data = connection.channel.recv()
+            if data is None:
+                return
+            room -= len(data)
+            frame = _parse(data)
+            call = self._admit(connection, frame)
+            if call is not None:
+                ahead.append((frame, call))
 
     def _let_others_in(self, connection: _Connection) -> None:
-        """Have others read a connection: the call that this thread runs is about to wait for another service."""
+        """Let another worker read: the call that this thread runs is about to wait for another service."""
         if connection.closed or not connection.read_lock.acquire(False):
             return
         try:
-            more = connection.channel.arm()
+            more = bool(connection.ahead) or connection.channel.arm()
         except ValueError:
             return
         finally:
@@ -303,15 +389,26 @@ class Server:
                 self._add_worker()
         if more:
             self._attention.append(connection)
-            self._waits.kick(1)
+            self._kick_worker(1)
+
+    def _kick_worker(self, n: int) -> None:
+        with contextlib.suppress(ValueError):  # closed: the server is being stopped
+            self._waits.kick(n)
 
     def _work_off_queue(self) -> None:
+        me = threading.get_ident()
         while True:
             with self._lock:
                 if not self._queue:
                     return
                 connection, frame, call = self._queue.popleft()
-            self._run(connection, frame, call, True)
+            self._running[me] = time.monotonic()
+            if self._warden_parked:
+                self._kick_warden()
+            try:
+                self._run(connection, frame, call, True)
+            finally:
+                del self._running[me]
             del connection, frame, call
 
     # ------------------------------------------------------------ frames
@@ -380,16 +477,14 @@ class Server:
 
     # ------------------------------------------------------------ calls
 
-    def _run(
-        self, connection: _Connection, frame: Frame, call: Call, was_queued: bool = False
-    ) -> None:
+    def _run(self, connection: _Connection, frame: Frame, call: Call, waited: bool = False) -> None:
         """Run a call and answer it. Never raises."""
         bound = self._methods[frame.method]
         call_id = frame.call_id
         token = _current.set(call)
         phase = Code.BAD_ARGUMENTS
         try:
-            if was_queued or call.cancelled:
+            if waited or call.cancelled:
                 call.check()
             if bound.takes_none and frame.body == NO_ARGUMENTS:
                 box: list[Any] = [()]
@@ -404,6 +499,8 @@ class Server:
             else:
                 # Whatever it returns is referred to by the box alone: see may_move.
                 box.append(bound.function(*box.pop()))
+            if call.cancelled:  # Refs in the reply would lie there until the client reads again
+                call.check()
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -418,8 +515,10 @@ class Server:
             box.append(function(*box.pop()))
             return
 
+        arguments = box.pop()
+
         def proceed() -> Any:
-            return function(*box.pop())
+            return function(*arguments)
 
         for interceptor in reversed(self._interceptors):
             proceed = _Step(interceptor, call, proceed)
@@ -454,7 +553,7 @@ class Server:
         """Send box[0]; afterwards the box is empty."""
         if not flags & PICKLED:
             body = self._marshaller.plain(box, TRANSFER_OF[flags & TRANSFER_MASK])
-            if body is not None:
+            if body is not None and len(body) < self._max_plain:
                 self._send(connection, _head(REPLY, call_id, 0, b"", b"", body))
                 return
         serializer: Serializer = "pickle" if flags & PICKLED else "msgpack"
@@ -474,6 +573,12 @@ class Server:
                 body=encoded.body,
                 inline_bytes=encoded.inline_bytes,
             )
+            nbytes = len(head) + encoded.inline_bytes
+            if nbytes > self._welcome.max_frame:
+                raise LocalProtocolError(
+                    f"a result of {nbytes} bytes in a message; {self.name} sends at most {self._welcome.max_frame}: "
+                    "return large data by Ref"
+                )
             if refs:
                 self._remember(connection, call_id, refs)
             self._send(connection, (head, *encoded.inline))
@@ -499,12 +604,16 @@ class Server:
         self, connection: _Connection, call_id: int, error: BaseException, phase: Code
     ) -> None:
         code = self._diagnosis(error, phase)
-        text = ""
-        if code == Code.REMOTE and self._tracebacks:
-            text = "".join(traceback.format_exception(error))
         self.counts["failed"] += 1
+        try:
+            text = ""
+            if code == Code.REMOTE and self._tracebacks:
+                text = _plain("".join(traceback.format_exception(error)))
+            told = error_frame(call_id, code, error, text)
+        except Exception as odd:  # its __str__ raises, or gives what is no text
+            told = error_frame(call_id, code, _stand_in(error, odd))
         with contextlib.suppress(DmError, ValueError, OSError):
-            self._send(connection, error_frame(call_id, code, error, text))
+            self._send(connection, told)
 
     @staticmethod
     def _diagnosis(error: BaseException, phase: Code) -> Code:
@@ -526,6 +635,7 @@ class Server:
 
     def _settle(self, connection: _Connection, call_id: int) -> None:
         connection.calls.pop(call_id, None)
+        self._ticks_stuck = 0
         self._nr_served += 1
         if self._draining:
             with self._idle:
@@ -541,12 +651,17 @@ class Server:
 
         async def run() -> None:
             token = _current.set(call)
-            forget = call.when_cancelled(lambda: loop.call_soon_threadsafe(task.cancel))
+            me = asyncio.current_task()
+            assert me is not None
+            forget = call.when_cancelled(lambda: loop.call_soon_threadsafe(me.cancel))
             phase = Code.REMOTE
             try:
                 call.about_to_block = None
                 self._invoke(call, bound.function, box)
-                box.append(await box.pop())
+                if inspect.isawaitable(box[0]):  # an interceptor may have answered itself
+                    box.append(await box.pop())
+                if call.cancelled:
+                    call.check()
                 phase = Code.BAD_RESULT
                 self._reply(connection, call_id, flags, box)
             except BaseException as error:
@@ -556,11 +671,10 @@ class Server:
                 _current.reset(token)
                 self._settle(connection, call_id)
 
-        task: asyncio.Task[None]
-
         def begin() -> None:
-            nonlocal task
             task = loop.create_task(run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
         loop.call_soon_threadsafe(begin)
 
@@ -569,7 +683,7 @@ class Server:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._loop_thread = threading.Thread(
-                    target=self._loop.run_forever, name=f"{self.name}-loop", daemon=True
+                    target=_run_loop, args=(self._loop,), name=f"{self.name}-loop", daemon=True
                 )
                 self._loop_thread.start()
             return self._loop
@@ -586,8 +700,10 @@ class Server:
                 sent = connection.channel.try_send(parts, 0)
                 if sent == total:
                     return
+            # First in the backlog, then asked for room again: who hears of room looks for a backlog.
             connection.backlog.append((parts, sent, total))
             connection.backlog_bytes += total - sent
+            self._send_backlog(connection)
             if connection.backlog_bytes <= MAX_BACKLOG_BYTES:
                 return
         self.counts["slow readers"] += 1
@@ -596,14 +712,19 @@ class Server:
 
     def _flush(self, connection: _Connection) -> None:
         with connection.send_lock:
-            while connection.backlog and not connection.closed:
-                parts, sent, total = connection.backlog[0]
-                n = connection.channel.try_send(parts, sent)
-                connection.backlog_bytes -= n
-                if sent + n < total:
-                    connection.backlog[0] = (parts, sent + n, total)
-                    return
-                connection.backlog.popleft()
+            self._send_backlog(connection)
+
+    @staticmethod
+    def _send_backlog(connection: _Connection) -> None:
+        """Send what fits. Context: send_lock held."""
+        while connection.backlog and not connection.closed:
+            parts, sent, total = connection.backlog[0]
+            n = connection.channel.try_send(parts, sent)
+            connection.backlog_bytes -= n
+            if sent + n < total:
+                connection.backlog[0] = (parts, sent + n, total)
+                return
+            connection.backlog.popleft()
 
     # ------------------------------------------------------------ connections
 
@@ -618,10 +739,11 @@ class Server:
                     self._unwatch(fd)
         connection.closed = True
         channel = connection.channel
-        if isinstance(channel, RingChannel):
-            self._waits.remove(channel.ring)
-        else:
-            self._waits.remove(channel.fileno())
+        with contextlib.suppress(DmError):  # it may not be in there yet, or not any more
+            if isinstance(channel, RingChannel):
+                self._waits.remove(channel.ring)
+            else:
+                self._waits.remove(channel.fileno())
         with connection.send_lock:
             channel.close()
             unsettled = b"".join(refs for _, refs in connection.unsettled)
@@ -641,6 +763,9 @@ class Server:
         connection = _Connection(channel, next(self._keys))
         connection.let_others_in = functools.partial(self._let_others_in, connection)
         with self._lock:
+            if self._draining:
+                channel.close()
+                return
             self._connections[connection.key] = connection
         if isinstance(channel, RingChannel):
             fd = channel.control.fileno()
@@ -665,7 +790,10 @@ class Server:
         """Accept, shake hands, notice ends; tick while calls run."""
         quiet = served = 0
         while not self._stopped:
-            busy = quiet < TICKS_WITHOUT_WORK or self._handshakes
+            busy = quiet < TICKS_WITHOUT_WORK or bool(self._handshakes)
+            if not busy:
+                self._warden_parked = True
+                busy = self._any_running()
             self._warden_parked = not busy
             try:
                 events = self._poll.poll(TICK_SECONDS * 1e3 if busy else None)
@@ -677,9 +805,11 @@ class Server:
                 else:
                     quiet += 1
             except Exception:
-                if self._stopped:
-                    return
-                log.exception("%s: the warden stumbled", self.name)
+                if not self._is_stopped():
+                    log.exception("%s: the warden stumbled", self.name)
+
+    def _is_stopped(self) -> bool:
+        return self._stopped  # another thread's doing
 
     def _event(self, fd: int, event: int) -> None:
         if fd == self._woken:
@@ -690,7 +820,9 @@ class Server:
         elif fd in self._handshakes:
             self._shake(fd)
         elif fd in self._controls:  # the protocol says nothing there any more: it has ended
-            connection = self._controls[fd]
+            connection = self._controls.get(fd)
+            if connection is None:
+                return
             assert isinstance(connection.channel, RingChannel)
             connection.channel.peer_ended()
             self._read_to_the_end(connection)
@@ -699,7 +831,7 @@ class Server:
             self._unwatch(fd)
 
     def _read_to_the_end(self, connection: _Connection) -> None:
-        """Take what a client that ended sent last: it may be DISCARD."""
+        """Look for DISCARD, which a client that ended may have sent last."""
         with connection.read_lock, contextlib.suppress(PeerLost, RemoteProtocolError, ValueError):
             while (data := connection.channel.recv()) is not None:
                 frame = _parse(data)
@@ -718,11 +850,9 @@ class Server:
                 time.sleep(TICK_SECONDS)
                 return
             handshake = Handshake(sock, kind)
-            if len(self._connections) + len(self._handshakes) >= self._max_connections:
-                handshake.refuse(
-                    Code.OVERLOADED,
-                    Overloaded(f"{self.name} has {self._max_connections} connections already"),
-                )
+            if len(self._handshakes) >= MAX_HANDSHAKES:
+                self.counts["bad handshakes"] += 1
+                handshake.channel.close()
                 continue
             self._handshakes[sock.fileno()] = handshake
             self._poll.register(sock, select.POLLIN)
@@ -737,6 +867,12 @@ class Server:
             if hello.service != self.name:
                 error = PeerError(f"{hello.service!r} is not served here, but {self.name!r}")
                 handshake.refuse(Code.UNKNOWN_SERVICE, error)
+                return
+            if len(self._connections) >= self._max_connections:
+                # Said only now: a socket that is closed before HELLO is read takes what was said along.
+                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
+                self.counts["overloaded"] += 1
+                handshake.refuse(Code.OVERLOADED, full)
                 return
             self._open(handshake.welcome(self._welcome, self._ring_bytes))
         except AccessDenied as error:
@@ -767,71 +903,94 @@ class Server:
                 self.counts["bad handshakes"] += 1
                 handshake.channel.close()
 
+    def _any_running(self) -> bool:
+        return bool(self._queue or self._running) or any(
+            connection.inline or connection.backlog
+            for connection in list(self._connections.values())
+        )
+
     def _tick(self) -> bool:
         """Read where a call that takes long keeps others from being read. Tell whether anything was running."""
-        now, busy = time.monotonic(), False
+        busy = self._any_running()
+        if not busy:
+            return False
+        self._ticks_stuck += 1
+        now = time.monotonic()
+        # Nobody waits for connections: what arrives on others is not seen until a worker is done.
+        self._ticks_full = 0 if self._waiting else self._ticks_full + 1
+        everywhere = self._ticks_full >= 2 and not self._make_a_worker()
         for connection in list(self._connections.values()):
-            if connection.calls:
-                busy = True
-                # A call that runs on the thread that read it keeps others from being read.
-                late = now - TICK_SECONDS
-                if any(
-                    call.about_to_block is connection.let_others_in and call.since < late
-                    for call in list(connection.calls.values())
-                ):
-                    self._read_aside(connection)
+            inline = connection.inline
+            if inline and self._long(inline.values(), now):
+                self._read_aside(connection)
+                if not self._waiting and not self._make_a_worker():
+                    everywhere = True
+            if connection.backlog:
+                with contextlib.suppress(DmError, ValueError):
+                    self._flush(connection)
+        if everywhere:
+            for connection in list(self._connections.values()):
+                self._read_aside(connection)
         if self._queue:
-            busy = True
             self._expire_queue()
             with contextlib.suppress(IndexError):
                 if self._queue[0][2].since < now - 2 * TICK_SECONDS:  # those calls do take long
                     self._call_others(len(self._queue))
-        return busy
+        return True
+
+    @staticmethod
+    def _long(since: Iterable[float], now: float) -> bool:
+        """Tell whether every one of some calls has been running for a tick and more."""
+        return now - max(list(since), default=now) >= TICK_SECONDS
+
+    def _make_a_worker(self) -> bool:
+        """Start a thread that waits for connections; False: there are as many as there may be."""
+        with self._lock:
+            if self._stopped or len(self._threads) >= self._max_threads:
+                return False
+            self._add_worker()
+            return True
+
+    def _room(self) -> bool:
+        """Tell whether one more call finds a thread, or a place in the queue."""
+        idle = self._max_threads - len(self._threads) + len(self._waiting)
+        return len(self._queue) < self._max_queue + idle
 
     def _read_aside(self, connection: _Connection) -> None:
-        """Queue what a busy connection has.
-
-        When the queue is full but moves, the rest waits in the ring: only who waits behind calls that do not end is told
-        that the server has too many.
-        """
+        """Queue what a busy connection has, as long as there is room; refuse the rest when nothing moves any more."""
         nr_queued = 0
         while not connection.closed:
-            full = len(self._queue) >= self._max_queue
-            if (
-                full
-                and self._queue
-                and time.monotonic() - self._queue[0][2].since < PATIENCE_SECONDS
-            ):
+            if not self._room() and self._ticks_stuck < PATIENCE and not self._draining:
                 break
             if not connection.read_lock.acquire(False):
                 break
             try:
-                data = connection.channel.recv()
-                if data is None:
-                    break
-                frame = _parse(data)
-                call = self._admit(connection, frame)
+                if connection.ahead:
+                    frame, call = connection.ahead.popleft()
+                else:
+                    data = connection.channel.recv()
+                    if data is None:
+                        break
+                    frame = _parse(data)
+                    admitted = self._admit(connection, frame)
+                    if admitted is None:
+                        continue
+                    call = admitted
+                if not self._room():
+                    connection.calls.pop(frame.call_id, None)
+                    error = Overloaded(
+                        f"{self.name} runs {self._max_threads} calls at once and has {self._max_queue} waiting"
+                    )
+                    self._refuse(connection, frame.call_id, Code.OVERLOADED, error)
+                    continue
             except (PeerLost, ValueError) as error:
                 self._close(connection, error)
-                return
+                break
             except RemoteProtocolError as error:
                 self._violation(connection, error)
-                return
+                break
             finally:
                 connection.read_lock.release()
-            if call is None:
-                continue
-            if full:
-                connection.calls.pop(frame.call_id, None)
-                self._refuse(
-                    connection,
-                    frame.call_id,
-                    Code.OVERLOADED,
-                    Overloaded(
-                        f"{self.name} runs {self._max_threads} calls at once and has {self._max_queue} waiting"
-                    ),
-                )
-                continue
             call.about_to_block = self._call_others
             self._queue.append((connection, frame, call))
             nr_queued += 1
@@ -845,7 +1004,8 @@ class Server:
             for _ in range(n - len(self._waiting)):
                 if len(self._threads) < self._max_threads:
                     self._add_worker()
-        self._waits.kick(n)
+            n = min(n, len(self._threads))
+        self._kick_worker(n)
 
     def _expire_queue(self) -> None:
         """Answer queued calls that nobody waits for any more."""
@@ -867,21 +1027,39 @@ class Server:
     # ------------------------------------------------------------ the end
 
     def stop(self, drain: float = 10.0) -> None:
-        """Take no new calls, let those that run finish, end every connection. Idempotent.
+        """Take no new calls, let those that run finish, end every connection. Idempotent: who comes second waits.
+
+        Not to be called on the loop that ``async def`` methods run on: they could not finish.
 
         Args:
             drain: seconds to wait for calls that run; after that they are cancelled and their callers get PeerLost.
+
+        Raises:
+            ForkedError: called in a forked child.
         """
+        self._check_fork()
+        me = threading.current_thread()
         with self._lock:
-            if self._draining:
-                return
-            self._draining = True
-        with contextlib.suppress(DmError):
-            self.host.withdraw(self.name)
+            first, self._draining = not self._draining, True
+        if not first:
+            if me not in (self._stopper, self._warden, *self._threads):
+                self._ended.wait()
+            return
+        self._stopper = me
+        try:
+            self._drain(drain)
+        finally:
+            self._end(me)
+            self._ended.set()
+
+    def _drain(self, seconds: float) -> None:
+        if self._published:
+            with contextlib.suppress(DmError):
+                self.host.withdraw(self.name)
         for connection in list(self._connections.values()):
             with contextlib.suppress(DmError, ValueError, OSError):
                 self._send(connection, frames.short(Kind.GOAWAY))
-        give_up = time.monotonic() + drain
+        give_up = time.monotonic() + seconds
         with self._idle:
             while self._busy() and (left := give_up - time.monotonic()) > 0:
                 self._idle.wait(min(left, 0.05))
@@ -889,27 +1067,45 @@ class Server:
             any(c.backlog for c in list(self._connections.values())) and time.monotonic() < give_up
         ):
             time.sleep(0.001)
+
+    def _end(self, me: threading.Thread) -> None:
         for connection in list(self._connections.values()):
             self._close(connection, ServiceStopping("stopped"))
         self._stopped = True
+        with self._lock:
+            self._queue.clear()
         self._waits.close()
         self._kick_warden()
-        me = threading.current_thread()
+        give_up = time.monotonic() + JOIN_SECONDS
         for thread in [*self._threads, self._warden]:
             if thread is not me:
-                thread.join(5)
+                thread.join(max(0.0, give_up - time.monotonic()))
         if self._loop is not None and self._given_loop is None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with contextlib.suppress(RuntimeError):  # closed already
+                self._loop.call_soon_threadsafe(self._loop.stop)
             if self._loop_thread is not None and self._loop_thread is not me:
-                self._loop_thread.join(5)
-            if not self._loop.is_running():
-                self._loop.close()
+                self._loop_thread.join(max(0.1, give_up - time.monotonic()))
         self._close_all()
 
+    def _check_fork(self) -> None:
+        if self._forked:
+            raise ForkedError(f"{self.name} is served by the parent of this forked child")
+
+    def _after_fork(self) -> None:
+        """In a child: let go of descriptors, or peers would not notice when the parent ends. Locks may be held for ever."""
+        self._forked = True
+        self._stopped = True
+        for sock, _ in self._listeners.values():
+            sock.close()
+        for handshake in list(self._handshakes.values()):
+            handshake.channel.socket.close()
+        for connection in list(self._connections.values()):
+            connection.closed = True
+            release(connection.channel)
+
     def _busy(self) -> bool:
-        return bool(self._queue) or any(
-            connection.calls for connection in list(self._connections.values())
-        )
+        nr_calls = sum(len(connection.calls) for connection in list(self._connections.values()))
+        return nr_calls > (self._stopper in self._threads)  # one that stops its own server
 
     def _close_all(self) -> None:
         for sock, _ in self._listeners.values():
@@ -925,8 +1121,8 @@ class Server:
 
     def wait(self) -> None:
         """Wait until the server is stopped by another thread or a signal handler."""
-        while not self._stopped:
-            self._warden.join(0.5)
+        self._check_fork()
+        self._ended.wait()
 
 
 class _Step:
@@ -949,3 +1145,38 @@ def _named(text: str, bound: Bound, welcome: Welcome) -> str:
     for i in reversed(range(len(method.parameters))):
         text = text.replace(f"$[{i}]", method.parameters[i])
     return text
+
+
+def _plain(text: str) -> str:
+    """Return a text that UTF-8 can hold: file names may bring lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _stand_in(error: BaseException, odd: Exception) -> Exception:
+    """Return something that can be told instead of an exception that cannot."""
+    kind = type(error)
+    try:
+        text = _plain(str(error))
+    except Exception:
+        text = f"a text that cannot be made: {type(odd).__name__}"
+    return RuntimeError(_plain(f"{kind.__module__}.{kind.__qualname__}: {text}"))
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, then end what is left on it."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            loop.run_until_complete(asyncio.wait_for(_all(tasks), 1.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
+async def _all(tasks: set[asyncio.Task[Any]]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -231,6 +231,8 @@ static void wrong_geometry_is_refused_by_the_name_of_its_field(uint32_t page_siz
     } while (0)
     TRY(host_table_off, good.host_table_off + 4096);
     TRY(ref_table_off, 0);
+    TRY(service_table_off, 0);
+    TRY(nr_services, good.nr_services + 1);
     TRY(frame_table_off, good.device_bytes);
     TRY(page_table_off, UINT64_MAX);
     TRY(ptes_per_host, good.ptes_per_host - 1024);

@@ -1,10 +1,12 @@
-"""Crews of hosts for the tests in this folder: see tests/crews.py."""
+"""Crews of hosts for the tests in this folder: see tests/crews.py; services: see tests/rpc_services.py."""
 
 from collections.abc import Generator, Iterator
 
 import pytest
 
 from tests.crews import Crew, Crews
+from tests.rpc_services import Rpc, using_rpc
+from tests.standing import Standing
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -35,3 +37,24 @@ def crew(request: pytest.FixtureRequest, crews: Crews) -> Iterator[Crew]:
         getattr(request, "param", "4K"), lambda: request.node.stash.get(_FAILED, True)
     ) as crew:
         yield crew
+
+
+@pytest.fixture(scope="session")
+def rpc_standing() -> Iterator[Standing]:
+    """A fabric with two host processes that serve."""
+    standing = Standing({}, {}, size=64 << 20)
+    yield standing
+    standing.close()
+
+
+@pytest.fixture
+def rpc(rpc_standing: Standing) -> Iterator[Rpc]:
+    """Two host processes for services, and a host here; audited when the test ends."""
+    with using_rpc(rpc_standing) as rpc:
+        yield rpc
+
+
+@pytest.fixture(params=["ring", "tcp"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What connects clients and services."""
+    return str(request.param)

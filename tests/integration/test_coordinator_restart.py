@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dmrpc_cxl.errors import ServiceTableFull
 from tests.fabrics import At, running
 
 PAGE = 4096
@@ -63,3 +64,52 @@ def test_a_host_that_dies_between_two_coordinators_leaves_its_frames_to_the_othe
         other.start(allocate_all, 1500)
         fabric.start_coordinator()
         assert other.result()
+
+
+def publish(at: At, name: str, endpoint: object) -> None:
+    at.host.publish(name, endpoint)
+
+
+def test_services_outlive_the_coordinator_and_vanish_with_their_host(tmp_path):
+    with running() as fabric:
+        living, dying = fabric.host(), fabric.host()
+        living.call(publish, "stays", {"long": "x" * 3000})
+        living.call(publish, "changes", 1)
+        living.call(publish, "changes", 2)
+        dying.call(publish, "goes", 1)
+        fabric.coordinator.kill()
+        fabric.coordinator.wait(30)
+        dying.kill()
+        fabric.start_coordinator()
+        with fabric.client() as client:
+            assert client.lookup("stays")["endpoint"] == {"long": "x" * 3000}
+            assert {found["name"]: found["endpoint"] for found in client.services("")} == {
+                "stays": {"long": "x" * 3000},
+                "changes": 2,
+            }
+            assert client.stats()["requests"].get("PUBLISH") is None  # nobody had to publish again
+        living.call(publish, "goes", "mine now")
+
+
+def test_a_full_service_table_is_refused_by_name_and_what_was_published_stays():
+    with running(max_hosts=1) as fabric:
+        host = fabric.host()
+        published = host.call(publish_until_full)
+        with fabric.client() as client:
+            assert len(client.services("")) == published
+        host.call(withdraw, "service-0")
+        host.call(publish, "another", 1)
+
+
+def publish_until_full(at: At) -> int:
+    number = 0
+    try:
+        while True:
+            at.host.publish(f"service-{number}", number)
+            number += 1
+    except ServiceTableFull:
+        return number
+
+
+def withdraw(at: At, name: str) -> None:
+    at.host.withdraw(name)

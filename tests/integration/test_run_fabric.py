@@ -500,8 +500,61 @@ def coordinator_of(fabric: str) -> int:
         return int(opened.superblock["coordinator_pid"])
 
 
-def test_killed_coordinator_stops_everything(start, program):
+def wait_until(true) -> None:
+    give_up = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
+def epoch_of(fabric: str) -> int:
+    with device.open(fabric, writable=False) as opened:
+        return int(opened.superblock["coordinator_epoch"])
+
+
+# Ends by itself when a third coordinator serves; until then it allocates from what it has.
+WAITING_FOR_THREE = """
+import time
+from dmrpc_cxl.fabric import device
+from dmrpc_cxl.fabric.place import Place, attach
+with attach() as host:
+    print("waiting as", host.id, "on", Place.of_environment().fabric, flush=True)
+    with device.open(Place.of_environment().fabric, writable=False) as opened:
+        while opened.epoch < 3 or not opened.superblock["coordinator_pid"]:
+            buffer = host.ralloc(4096)
+            del buffer
+            time.sleep(0.001)
+"""
+
+
+def test_killed_coordinator_is_started_again_and_hosts_do_not_notice(start, program):
+    run = start(*SMALL, "--hosts", "2", "--program", program(WAITING_FOR_THREE))
+    run.wait_for("waiting as", times=2)
+    for epoch in (1, 2):
+        pid = coordinator_of(run.fabric)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: coordinator_of(run.fabric) not in (0, pid))
+        assert run.fabric
+        assert epoch_of(run.fabric) == epoch + 1
+    assert run.end() == 0, run.output
+    assert run.output.count("the coordinator was killed by SIGKILL: started again") == 2
+    assert "frames are back in the pool" in run.output
+
+
+def test_coordinator_that_dies_again_and_again_is_given_up(start, program):
     run = start(*SMALL, "--hosts", "2", "--program", program(WAITING))
+    run.wait_for("waiting as", times=2)
+    pid = 0
+    for _ in range(5):
+        wait_until(lambda pid=pid: coordinator_of(run.fabric) not in (0, pid))
+        pid = coordinator_of(run.fabric)
+        os.kill(pid, signal.SIGKILL)
+    assert run.end() == 137, run.output
+    assert "it died 5 times in a row" in run.output
+
+
+def test_killed_coordinator_stops_everything_if_it_is_not_to_be_started_again(start, program):
+    run = start(*SMALL, "--no-restart", "--hosts", "2", "--program", program(WAITING))
     run.wait_for("waiting as", times=2)
     os.kill(coordinator_of(run.fabric), signal.SIGKILL)
     assert run.end() == 137, run.output

@@ -21,10 +21,18 @@ NR_FRAMES = 40
 MAX_HOSTS = 3
 MAX_REFS = 16
 
-SUPERBLOCK = struct.Struct("<QIIQQQIIQQQQQQQQ64s32sQ")
+SUPERBLOCK = struct.Struct("<QIIQQQIIQQQQQQQQQQ64s32sQ")
 FIELDS = (
     *("magic", "version", "page_size", "fabric_id", "device_bytes", "nr_frames"),
-    *("max_hosts", "max_refs", "host_table_off", "ref_table_off", "frame_table_off"),
+    *(
+        "max_hosts",
+        "max_refs",
+        "host_table_off",
+        "ref_table_off",
+        "service_table_off",
+        "nr_services",
+        "frame_table_off",
+    ),
     *("page_table_off", "ptes_per_host", "vma_pages", "data_off", "created_ns"),
     *("name", "secret", "checksum"),
 )
@@ -108,6 +116,7 @@ def test_areas_follow_each_other_aligned(nr_frames, page_size, max_hosts, max_re
         (0, LAYOUT["SUPERBLOCK_BYTES"]),
         (g["host_table_off"], max_hosts * LAYOUT["HOST_ENTRY_BYTES"]),
         (g["ref_table_off"], max_refs * LAYOUT["REF_ENTRY_BYTES"]),
+        (g["service_table_off"], g["nr_services"] * LAYOUT["SERVICE_SLOT_BYTES"]),
         (g["frame_table_off"], nr_frames * 8),
         (g["page_table_off"], max_hosts * page_table_bytes),
         (g["data_off"], nr_frames * page_size),
@@ -311,7 +320,11 @@ def test_other_layout_version_is_refused_with_both_versions(device_fd):
 
 def test_other_layout_version_is_told_before_the_checksum(device_fd):
     """A later version may checksum other bytes."""
-    write_superblock(device_fd, {**read_superblock(device_fd), "version": 2}, checksum=1)
+    write_superblock(
+        device_fd,
+        {**read_superblock(device_fd), "version": LAYOUT["LAYOUT_VERSION"] + 1},
+        checksum=1,
+    )
     assert refusal_of(device_fd)[0] is errors.DeviceVersionMismatch
 
 

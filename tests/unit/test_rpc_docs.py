@@ -18,7 +18,6 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PROTOCOL = (DOCS / "rpc-protocol.md").read_text(encoding="utf-8")
 ERRORS = (DOCS / "errors.md").read_text(encoding="utf-8")
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-STRUCT_BYTES = {"B": 1, "H": 2, "I": 4, "Q": 8}
 
 
 def table(text: str, first: str) -> list[list[str]]:
@@ -42,17 +41,29 @@ def names_in(cell: str) -> list[str]:
 # ---------------------------------------------------------------- the protocol
 
 
-def test_the_header_is_drawn_as_it_is_packed() -> None:
-    fields = ("size", *(name for name in frames.Frame._fields if name != "data"))
-    at, expected = 0, []
-    for name, code in zip(fields, frames.HEADER.format.strip("<"), strict=True):
-        expected.append([name, str(at), str(STRUCT_BYTES[code])])
-        at += STRUCT_BYTES[code]
-    assert [[row[0].strip("`"), *row[1:3]] for row in table(PROTOCOL, "field")] == expected
-    drawing = PROTOCOL.partition("```\n")[2].partition("```")[0]
-    places, names = drawing.splitlines()[0].split(), drawing.splitlines()[2]
-    assert places == [*(row[1] for row in expected), str(frames.HEADER_BYTES)]
-    assert [name.strip() for name in names.strip(" |").split("|")] == list(fields)
+def test_a_frame_that_is_packed_as_it_is_drawn_is_read_so() -> None:
+    rows = [(row[0].strip("`"), int(row[1]), int(row[2])) for row in table(PROTOCOL, "field")]
+    fields = {
+        "size": 256, "kind": frames.Kind.CALL, "flags": frames.Flag.COPY, "nr_refs": 2, "call_id": 2**60 + 1,
+        "time_left_us": 2**50 + 3, "method": 2**31 + 5, "meta_bytes": 7, "body_bytes": 11, "inline_at": 192,
+    }  # fmt: skip
+    assert [name for name, _, _ in rows] == list(fields)
+    data = bytearray(fields["size"])
+    for name, at, nbytes in rows:
+        data[at : at + nbytes] = int(fields[name]).to_bytes(nbytes, "little")
+    frame = frames.parse(data)
+    assert {name: getattr(frame, name) for name in list(fields)[1:]} == dict(
+        list(fields.items())[1:]
+    )
+    assert at + nbytes == frames.HEADER_BYTES
+
+
+def test_the_header_is_drawn_with_the_fields_of_the_table() -> None:
+    rows = table(PROTOCOL, "field")
+    drawing = PROTOCOL.partition("```\n")[2].partition("```")[0].splitlines()
+    assert drawing[0].split() == [*(row[1] for row in rows), str(frames.HEADER_BYTES)]
+    names = [name.strip() for name in drawing[2].strip(" |").split("|")]
+    assert names == [row[0].strip("`") for row in rows]
 
 
 def test_kinds_flags_and_codes_have_the_numbers_that_are_written() -> None:
