@@ -67,7 +67,7 @@ soak: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make te
 ##@ Check
 
 .PHONY: check
-check: check-format check-lint check-types check-c asan tsan ## Run every check below and the sanitizers
+check: check-format check-lint check-types check-c check-model asan tsan ## Run every check below and the sanitizers
 
 .PHONY: check-format
 check-format: $(VENV)/.dev ## Compare the layout of Python and C with what the formatters would make of it
@@ -84,6 +84,14 @@ check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test ## Check the types: mypy
 
 .PHONY: check-c
 check-c: c-strict ## Compile the C with warnings as errors
+
+.PHONY: check-model
+check-model: $(VENV)/.created ## Explore the model of the protocol: every interleaving, a crash at each step
+	$(PY) -m docs.model.check
+
+.PHONY: model
+model: $(VENV)/.created ## Explore a bigger model, or the seeded mistakes [ARGS="--hosts 3", "--mistakes"]
+	$(PY) -m docs.model.check $(or $(ARGS),--ops 1)
 
 .PHONY: format
 format: $(VENV)/.dev ## Lay out Python and C, and repair what the linter can
