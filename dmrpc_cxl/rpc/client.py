@@ -447,7 +447,7 @@ class SyncConnection(Connection):
                     if self.nr_followers:
                         with self.turn:
                             self.turn.notify_all()
-                if not pending.done and self._is_late(pending):
+                if not pending.done and self._is_late(pending):  # type: ignore[redundant-expr]
                     self._too_late(pending)
             else:
                 self._follow(pending, give_up)
@@ -549,7 +549,7 @@ class CallFuture:
         if not pending.done:
             pending.connection.poll()
             if (
-                not pending.done
+                not pending.done  # type: ignore[redundant-expr]  # poll() may have ended it
                 and pending.deadline is not None
                 and time.monotonic() > pending.deadline
             ):
@@ -641,7 +641,7 @@ class MethodTable:
         for name in self.methods:
             wanted = interface.results.get(name, Any) if interface else Any
             try:
-                self.readers[name] = Reader(tuple[wanted] if wanted is not Any else Any)
+                self.readers[name] = Reader(tuple[wanted] if wanted is not Any else Any)  # type: ignore[valid-type]
             except TypeError:  # an annotation that msgspec cannot check
                 self.readers[name] = Reader()
 
@@ -924,7 +924,7 @@ class Client:
         """
         mine = self._options
         options = Options(
-            mine.timeout if timeout is ... else timeout,  # type: ignore[comparison-overlap]
+            mine.timeout if timeout is ... else timeout,  # type: ignore[comparison-overlap, redundant-expr]
             transfer or mine.transfer,
             serializer or mine.serializer,
             {**mine.metadata, **(metadata or {})},

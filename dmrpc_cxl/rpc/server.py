@@ -313,6 +313,7 @@ class Server:
     def _attend(self, connection: _Connection) -> None:
         """Read and run what a connection has, until it has nothing."""
         channel = connection.channel
+        call: Call | None
         while not connection.closed:
             # Whoever holds it may have armed the ring just now, and this thread got its report: it has to look.
             connection.read_lock.acquire()
@@ -791,7 +792,7 @@ class Server:
         """Accept, shake hands, notice ends; tick while calls run."""
         quiet = served = 0
         while not self._stopped:
-            busy = quiet < TICKS_WITHOUT_WORK or self._handshakes
+            busy = quiet < TICKS_WITHOUT_WORK or bool(self._handshakes)
             if not busy:
                 self._warden_parked = True
                 busy = self._any_running()
@@ -807,7 +808,7 @@ class Server:
                     quiet += 1
             except Exception:
                 if self._stopped:
-                    return
+                    return  # type: ignore[unreachable]
                 log.exception("%s: the warden stumbled", self.name)
 
     def _event(self, fd: int, event: int) -> None:
