@@ -25,8 +25,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from dmrpc_cxl._native import LAYOUT, Device
-from dmrpc_cxl.fabric.liveness import is_alive
 from dmrpc_cxl.errors import CoordinatorReplaced, DmError, HostFenced, RemoteProtocolError
+from dmrpc_cxl.fabric.liveness import is_alive
 
 from .connection import Connection
 from .directory import Directory
@@ -430,6 +430,9 @@ class Hosts:
 
     async def close(self, seconds: float) -> bool:
         """Stop watching, and finish the reclaims under way. False: they do not end in that time."""
+        for host in [*self, *self._lingering]:
+            if host.process is not None:  # who dies from now on is the next coordinator's
+                self._loop.remove_reader(host.process.pidfd)
         retirements = {host.retirement for host in self if host.retirement is not None}
         if retirements:
             _, unfinished = await asyncio.wait(retirements, timeout=seconds)

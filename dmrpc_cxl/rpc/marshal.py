@@ -106,7 +106,8 @@ class _Blob:
 
 
 def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def _copy_into_dm(host: Host, source: np.ndarray[Any, Any]) -> Ref:
@@ -457,7 +458,9 @@ class _Incoming:
             raise RemoteProtocolError(f"an array of {dtype}, shape {shape} in {nbytes} bytes")
         if place < 0:
             at = self._inline(place, nbytes)
-            return np.ndarray(shape, dtype, buffer=np.frombuffer(self.frame.data, "u1"), offset=at)
+            whole = np.frombuffer(self.frame.data, "u1")
+            array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=whole, offset=at)
+            return array
         buffer = self.host.view_ref(self._ref(place))
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
@@ -524,8 +527,9 @@ def _read(code: int, data: memoryview) -> Any:
 
 def _check_custom(wanted: Any, value: Any) -> Any:
     """Tell msgspec whether a value is of a type that it does not know."""
-    origin = typing.get_origin(wanted) or wanted
-    if not isinstance(origin, type) or not isinstance(value, origin):
+    origin: Any = typing.get_origin(wanted) or wanted
+    fits: bool = isinstance(origin, type) and isinstance(value, origin)
+    if not fits:
         raise ValueError(
             f"Expected `{getattr(origin, '__name__', origin)}`, got `{type(value).__name__}`"
         )

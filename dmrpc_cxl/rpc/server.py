@@ -154,7 +154,7 @@ class Server:
         endpoint: what is published.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0915
         self,
         host: Host,
         service: object,
@@ -295,8 +295,8 @@ class Server:
                     while (waits_for_us := self._next_attention()) is not None:
                         self._attend(waits_for_us)
                         self._work_off_queue()
-                elif key is not None:
-                    connection = connections.get(key)
+                else:
+                    connection = None if key is None else connections.get(key)
                     if connection is not None:
                         self._attend(connection)
                 if self._queue:
@@ -807,9 +807,11 @@ class Server:
                 else:
                     quiet += 1
             except Exception:
-                if self._stopped:
-                    return  # type: ignore[unreachable]
-                log.exception("%s: the warden stumbled", self.name)
+                if not self._is_stopped():
+                    log.exception("%s: the warden stumbled", self.name)
+
+    def _is_stopped(self) -> bool:
+        return self._stopped  # another thread's doing
 
     def _event(self, fd: int, event: int) -> None:
         if fd == self._woken:

@@ -155,7 +155,7 @@ FRAMES = {
 def test_a_frame_that_breaks_the_rules_ends_its_connection_and_no_other(
     place: Place, kind: str, what: str
 ) -> None:
-    fabric, service, _ = place
+    fabric, _service, _ = place
     with RawClient(fabric, kind=kind) as raw:
         data = FRAMES[what]
         if kind == "ring":
@@ -385,7 +385,7 @@ def test_what_is_no_hello_is_hung_up_on(place: Place, kind: str, data: bytes) ->
 
 @pytest.mark.parametrize("part", [0, 3, 39, 50])
 def test_half_open_peers_are_hung_up_on_after_a_while(place: Place, kind: str, part: int) -> None:
-    fabric, service, _ = place
+    fabric, _service, _ = place
     with contextlib.ExitStack() as stack:
         raws = [stack.enter_context(RawClient(fabric, kind=kind, hello=False)) for _ in range(5)]
         for raw in raws:
@@ -408,7 +408,7 @@ def test_a_hello_in_single_bytes_and_with_a_call_behind_it_works(place: Place) -
 
 @pytest.mark.parametrize("how", ["at once", "after HELLO", "half a frame", "reset"])
 def test_peers_that_vanish_leave_nothing(place: Place, kind: str, how: str) -> None:
-    fabric, service, _ = place
+    fabric, _service, _ = place
     for _ in range(10):
         raw = RawClient(fabric, kind=kind, hello=False)
         if how != "at once":

@@ -286,8 +286,8 @@ def test_returning_the_frames_of_others_earns_no_credit():
 
 def test_a_host_that_lives_on_after_a_restart_has_its_slot_and_the_dead_keep_theirs():
     ledger = Ledger.from_device(NR_FRAMES, MAX_HOSTS, [])
-    ledger.readmit(1, 11, "live", alive=True, free=3)
-    ledger.readmit(3, 13, "dead", alive=False, free=0)
+    ledger.readmit(1, 11, "live", alive=True, owned=3)
+    ledger.readmit(3, 13, "dead", alive=False, owned=0)
     assert ledger.account(1, 11).charged == 3
     for slot, incarnation in [(1, 12), (3, 13), (2, 0), (99, 11)]:
         with pytest.raises(HostFenced):
