@@ -25,8 +25,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from dmrpc_cxl._native import LAYOUT, Device
-from dmrpc_cxl.fabric.liveness import is_alive
 from dmrpc_cxl.errors import CoordinatorReplaced, DmError, HostFenced, RemoteProtocolError
+from dmrpc_cxl.fabric.liveness import is_alive
 
 from .connection import Connection
 from .directory import Directory

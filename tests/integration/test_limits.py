@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 
 import dmrpc_cxl
-from dmrpc_cxl.errors import CoordinatorRefused, NoHostSlot, OutOfFrames, OverQuota
-from dmrpc_cxl.errors import SystemCallFailed
+from dmrpc_cxl.errors import (
+    CoordinatorRefused,
+    NoHostSlot,
+    OutOfFrames,
+    OverQuota,
+    SystemCallFailed,
+)
 from tests.coordinators import SECONDS, coordinated
 from tests.fabrics import At, Fabric, running
 
