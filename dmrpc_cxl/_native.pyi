@@ -1,5 +1,6 @@
 """Types of the native module: the only boundary between Python and C."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -334,9 +335,7 @@ class Ring:
     def spin_us(self) -> int: ...
     @spin_us.setter
     def spin_us(self, value: float) -> None: ...
-    def send(
-        self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], timeout: float | None = None
-    ) -> None:
+    def send(self, parts: Buffer_ | Sequence[Buffer_], timeout: float | None = None) -> None:
         """Send what the parts hold together, and wait for room if need be.
 
         Raises DeadlineExceeded, or PeerLost when peer_fd has ended. If nothing had gone out, nothing
@@ -344,7 +343,7 @@ class Ring:
         text says so, and later sends raise RingClosed.
         """
 
-    def try_send(self, parts: Buffer_ | list[Buffer_] | tuple[Buffer_, ...], skip: int = 0) -> int:
+    def try_send(self, parts: Buffer_ | Sequence[Buffer_], skip: int = 0) -> int:
         """Write what fits, from byte `skip` of the whole on, and return how many bytes that was.
 
         If that was not all, our bell rings once half the ring is free.

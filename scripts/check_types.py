@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build" / "typing"
 CACHE = ROOT / "build" / "mypy-cache"
-TOP_LEVEL = ("pyuserfaultfd", "dmrpc_net", "tests", "benchmarks", "examples", "scripts")
+TOP_LEVEL = ("pyuserfaultfd", "dmrpc_net", "tests", "benchmarks", "examples", "scripts", "docs")
 INSIDE_DMRPC_CXL = ("coordinator", "fabric")
 
 

@@ -193,6 +193,9 @@ class Desk:
     def unsendable(self) -> object:
         return threading.Lock()
 
+    def numbers(self, n: int) -> list[int]:
+        return [1000] * n
+
     def big(self, n: int) -> bytes:
         return b"b" * n
 

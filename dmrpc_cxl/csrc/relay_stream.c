@@ -56,9 +56,11 @@ static int reserve(struct dm_stream *s, uint64_t cap) {
     return DM_OK;
 }
 
-/* How large the buffer may be for a frame of which have bytes came. */
-static uint64_t believed(uint64_t size, uint64_t have) {
-    uint64_t cap = have < DM_STREAM_FIRST / 2 ? DM_STREAM_FIRST : 2 * have;
+/* How large the buffer may be for a frame of which have bytes came. It grows when it is full. */
+static uint64_t believed(const struct dm_stream *s, uint64_t size, uint64_t have) {
+    uint64_t cap = s->cap > DM_STREAM_FIRST ? s->cap : DM_STREAM_FIRST;
+    if (have >= cap)
+        cap = 2 * have;
     return size < cap ? size : cap;
 }
 
@@ -69,7 +71,7 @@ static int recv_ring(struct dm_stream *s, char **frame, uint32_t *size, struct d
     if (n <= 0)
         return (int)n;
     for (;;) {
-        uint64_t cap = believed(in->size, in->got + there);
+        uint64_t cap = believed(s, in->size, in->got + there);
         if (reserve(s, cap))
             return DM_ERR_NO_MEMORY;
         if (in->got == 4)
@@ -129,7 +131,7 @@ static int recv_socket(struct dm_stream *s, char **frame, uint32_t *size, struct
         }
         /* Of a large frame not a byte beyond it is read, so its buffer can be given away. */
         if (claimed > goal)
-            goal = believed(claimed, have);
+            goal = believed(s, claimed, have);
         if (reserve(s, goal))
             return DM_ERR_NO_MEMORY;
         ssize_t n = read_some(s, goal - s->to, e);

@@ -21,6 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import (
@@ -447,7 +448,7 @@ class SyncConnection(Connection):
                     if self.nr_followers:
                         with self.turn:
                             self.turn.notify_all()
-                if not pending.done and self._is_late(pending):
+                if self._is_late(pending):
                     self._too_late(pending)
             else:
                 self._follow(pending, give_up)
@@ -531,6 +532,10 @@ class SyncPending(Pending):
                 connection.turn.notify_all()
 
 
+def _done(pending: SyncPending) -> bool:
+    return pending.done
+
+
 class CallFuture:
     """A call that is under way: ``client.future.method(...)``.
 
@@ -549,7 +554,7 @@ class CallFuture:
         if not pending.done:
             pending.connection.poll()
             if (
-                not pending.done
+                not _done(pending)  # may have changed
                 and pending.deadline is not None
                 and time.monotonic() > pending.deadline
             ):
@@ -639,9 +644,11 @@ class MethodTable:
         self.defaults = interface.defaults if interface else {}
         self.readers: dict[str, Reader] = {}
         for name in self.methods:
-            wanted = interface.results.get(name, Any) if interface else Any
+            wanted: Any = interface.results.get(name, Any) if interface else Any
             try:
-                self.readers[name] = Reader(tuple[wanted] if wanted is not Any else Any)
+                self.readers[name] = Reader(
+                    tuple.__class_getitem__(wanted) if wanted is not Any else Any
+                )
             except TypeError:  # an annotation that msgspec cannot check
                 self.readers[name] = Reader()
 
@@ -909,7 +916,7 @@ class Client:
     def using(
         self,
         *,
-        timeout: float | None = ...,  # type: ignore[assignment]
+        timeout: float | EllipsisType | None = ...,
         transfer: Transfer | None = None,
         serializer: Serializer | None = None,
         metadata: dict[str, str] | None = None,
@@ -924,7 +931,7 @@ class Client:
         """
         mine = self._options
         options = Options(
-            mine.timeout if timeout is ... else timeout,  # type: ignore[comparison-overlap]
+            mine.timeout if isinstance(timeout, EllipsisType) else timeout,
             transfer or mine.transfer,
             serializer or mine.serializer,
             {**mine.metadata, **(metadata or {})},

@@ -276,7 +276,8 @@ def _connect_ring(host: Host, service: str, name: str, give_up: float) -> tuple[
             raise RemoteProtocolError(
                 f"{len(descriptors)} descriptors came with WELCOME, not {NR_DESCRIPTORS}"
             )
-        ring = Ring.attach(*descriptors, welcome.max_frame)
+        memory, mine, theirs = descriptors
+        ring = Ring.attach(memory, mine, theirs, welcome.max_frame)
         return RingChannel(ring, sock, welcome.max_frame), welcome
     except (TimeoutError, DeadlineExceeded):
         sock.close()

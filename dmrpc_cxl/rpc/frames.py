@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from typing import TypeVar
 
 import msgspec
 
@@ -173,6 +174,7 @@ _welcome = msgspec.msgpack.Decoder(Welcome)
 _error = msgspec.msgpack.Decoder(ErrorBody)
 _meta = msgspec.msgpack.Decoder(dict[str, str])
 _encoder = msgspec.msgpack.Encoder()
+T = TypeVar("T")
 
 
 def encode(body: Hello | Welcome | ErrorBody | dict[str, str]) -> bytes:
@@ -180,7 +182,7 @@ def encode(body: Hello | Welcome | ErrorBody | dict[str, str]) -> bytes:
     return _encoder.encode(body)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[object], raw: memoryview, what: str) -> object:
+def _decode(decoder: msgspec.msgpack.Decoder[T], raw: bytes | memoryview, what: str) -> T:
     try:
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -191,7 +193,7 @@ def read_hello(frame: Frame) -> Hello:
     """Read the body of HELLO."""
     if frame.kind != Kind.HELLO:
         raise RemoteProtocolError(f"HELLO comes first, not a frame of kind {frame.kind}")
-    hello: Hello = _decode(_hello, frame.body, "a HELLO")  # type: ignore[assignment]
+    hello: Hello = _decode(_hello, frame.body, "a HELLO")
     if hello.magic != MAGIC:
         raise RemoteProtocolError("a HELLO of another protocol")
     return hello
@@ -199,16 +201,16 @@ def read_hello(frame: Frame) -> Hello:
 
 def read_welcome(frame: Frame) -> Welcome:
     """Read the body of WELCOME."""
-    return _decode(_welcome, frame.body, "a WELCOME")  # type: ignore[return-value]
+    return _decode(_welcome, frame.body, "a WELCOME")
 
 
 def read_error(frame: Frame) -> ErrorBody:
     """Read the body of ERROR."""
-    return _decode(_error, frame.body, "an ERROR")  # type: ignore[return-value]
+    return _decode(_error, frame.body, "an ERROR")
 
 
 def read_meta(frame: Frame) -> dict[str, str]:
     """Read the metadata of a CALL."""
     if not frame.meta_bytes:
         return {}
-    return _decode(_meta, frame.meta, "metadata")  # type: ignore[return-value]
+    return _decode(_meta, frame.meta, "metadata")

@@ -113,7 +113,7 @@ class Host(MemoryHost):
     @overload
     def connect(self, name: str, service: type[ServiceType], **options: Any) -> ServiceType: ...
 
-    def connect(
+    def connect(  # type: ignore[misc]
         self,
         name: str,
         service: type[Any] | None = None,

@@ -64,8 +64,9 @@ ARRAY, BLOB, REF = 1, 2, 3
 BYTES, BYTEARRAY, VIEW = 0, 1, 2  # kinds of blobs
 GIL_BYTES = 65536  # copies from here on go through numpy, which lets other threads run
 ALIGNMENT = frames.INLINE_ALIGNMENT
-LONGEST_KNOWN = 64  # characters of the name of a type that is remembered: names come from others
+LONGEST_NAME = 64  # characters of the name of a type without fields
 MAX_DIMENSIONS = 32
+MAX_EXTENT = 1 << 48  # bytes, counting lengths of 0 as 1: no empty array of absurd lengths
 
 FLAGS_OF: dict[Transfer, int] = {
     "auto": 0,
@@ -105,7 +106,8 @@ class _Blob:
 
 
 def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
 
 
 def _copy_into_dm(host: Host, source: np.ndarray[Any, Any]) -> Ref:
@@ -446,16 +448,19 @@ class _Incoming:
         self, place: int, nbytes: int, name: Any, shape: tuple[int, ...]
     ) -> np.ndarray[Any, Any]:
         dtype = _dtype(name)
-        size = dtype.itemsize
+        size = extent = dtype.itemsize
         for length in shape:
             if length < 0:
                 raise RemoteProtocolError(f"an array of shape {shape}")
             size *= length
-        if size != nbytes or len(shape) > MAX_DIMENSIONS:
+            extent *= length or 1
+        if size != nbytes or extent > MAX_EXTENT or len(shape) > MAX_DIMENSIONS:
             raise RemoteProtocolError(f"an array of {dtype}, shape {shape} in {nbytes} bytes")
         if place < 0:
             at = self._inline(place, nbytes)
-            return np.ndarray(shape, dtype, buffer=np.frombuffer(self.frame.data, "u1"), offset=at)
+            whole = np.frombuffer(self.frame.data, "u1")
+            array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=whole, offset=at)
+            return array
         buffer = self.host.view_ref(self._ref(place))
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
@@ -477,6 +482,8 @@ def _dtype(name: Any) -> np.dtype[Any]:
     known = _dtypes.get(name) if isinstance(name, str) else None
     if known is not None:
         return known
+    if isinstance(name, str) and len(name) > LONGEST_NAME:
+        raise RemoteProtocolError(f"an array of unknown type {name:.20}...")
     try:
         dtype = (
             np.dtype(name) if isinstance(name, str) else np.lib.format.descr_to_dtype(_descr(name))
@@ -485,9 +492,9 @@ def _dtype(name: Any) -> np.dtype[Any]:
         raise RemoteProtocolError(f"an array of unknown type {name!r:.80}: {error}") from None
     if dtype.hasobject:
         raise RemoteProtocolError(f"an array of {dtype}, which holds objects")
-    if dtype.subdtype is not None:
-        raise RemoteProtocolError(f"an array of {dtype}, whose elements are arrays")
-    if isinstance(name, str) and len(name) <= LONGEST_KNOWN and len(_dtypes) < 256:
+    if dtype.subdtype is not None or not dtype.itemsize:
+        raise RemoteProtocolError(f"an array of {dtype}, whose elements are arrays or nothing")
+    if isinstance(name, str) and len(_dtypes) < 256:
         _dtypes[name] = dtype
     return dtype
 
@@ -520,8 +527,9 @@ def _read(code: int, data: memoryview) -> Any:
 
 def _check_custom(wanted: Any, value: Any) -> Any:
     """Tell msgspec whether a value is of a type that it does not know."""
-    origin = typing.get_origin(wanted) or wanted
-    if not isinstance(origin, type) or not isinstance(value, origin):
+    origin: Any = typing.get_origin(wanted) or wanted
+    fits: bool = isinstance(origin, type) and isinstance(value, origin)
+    if not fits:
         raise ValueError(
             f"Expected `{getattr(origin, '__name__', origin)}`, got `{type(value).__name__}`"
         )

@@ -45,7 +45,7 @@ def put(host: Host, value: Any) -> Ref:
         places.append(_up(size))
         size = places[-1] + view.nbytes
     buffer = host.ralloc(size, zero=False)
-    target = buffer.numpy()
+    target: Any = buffer.numpy()
     HEAD.pack_into(target, 0, MAGIC, len(raw), len(views))
     for i, view in enumerate(views):
         LENGTH.pack_into(target, HEAD.size + LENGTH.size * i, view.nbytes)

@@ -80,10 +80,11 @@ _FRESH = _count_a_fresh_one()
 
 def _counts_to_buffer(array: np.ndarray[Any, Any]) -> _Counts | None:
     """Return the counts of an array that shows a Buffer whole and is its only view; None: it does not or is not."""
-    base = array.base
-    if type(base) is not np.ndarray or type(base.base) is not memoryview:
+    base: Any = array.base
+    memory: Any = base.base if type(base) is np.ndarray else None
+    if type(memory) is not memoryview:
         return None
-    buffer = base.base.obj
+    buffer: Any = memory.obj
     if not isinstance(buffer, Buffer) or buffer.freed or buffer.views != 1:
         return None
     whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
@@ -130,7 +131,8 @@ def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
     """
     if isinstance(target, Buffer):
         return Moved(target.host.create_ref(target, move=True), None, (target.nbytes,))
-    if not isinstance(target, np.ndarray) or _counts_to_buffer(target) is None:
+    array: Any = target  # whatever it is
+    if not isinstance(array, np.ndarray) or _counts_to_buffer(array) is None:
         base = getattr(getattr(target, "base", None), "base", None)
         if type(base) is memoryview and isinstance(base.obj, Buffer):
             raise BufferInUse(
@@ -157,7 +159,7 @@ _TARGET = 3  # references to what move() is called with: a variable of the calle
 
 def _find_export_word() -> int | None:
     """Return where in an ndarray numpy notes that its memory was exported; None: not to be seen with this numpy."""
-    array = np.zeros(1)
+    array: Any = np.zeros(1)
 
     def words() -> list[int]:
         nr_words = np.ndarray.__basicsize__ // 8
@@ -175,9 +177,9 @@ _EXPORT_WORD = _find_export_word()
 
 def _has_memoryviews(array: np.ndarray[Any, Any]) -> bool:
     """Tell whether memoryviews of the array itself are alive, which the Buffer does not count."""
-    if _EXPORT_WORD is not None:
-        if not ctypes.c_size_t.from_address(id(array) + _EXPORT_WORD).value:
-            return False  # there never was one, as for nearly all arrays
+    word = _EXPORT_WORD
+    if word is not None and not ctypes.c_size_t.from_address(id(array) + word).value:
+        return False  # there never was one, as for nearly all arrays
     return any(isinstance(holder, _Memory) for holder in gc.get_referrers(array))
 
 

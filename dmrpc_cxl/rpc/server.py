@@ -154,7 +154,7 @@ class Server:
         endpoint: what is published.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0915
         self,
         host: Host,
         service: object,
@@ -185,6 +185,7 @@ class Server:
         self._welcome = Welcome(
             frames.PROTOCOL, interface.name, tuple(interface.methods), host.id, pickle, max_frame
         )
+        self._max_plain = max_frame - frames.HEADER_BYTES
         self._interceptors = tuple(interceptors)
         self._pickle = pickle
         self._tracebacks = tracebacks
@@ -293,7 +294,7 @@ class Server:
                     while (waits_for_us := self._next_attention()) is not None:
                         self._attend(waits_for_us)
                 else:
-                    connection = connections.get(key)
+                    connection = None if key is None else connections.get(key)
                     if connection is not None:
                         self._attend(connection)
                 if self._queue:
@@ -314,8 +315,10 @@ class Server:
             # Whoever holds it may have armed the ring just now, and this thread got its report: it has to look.
             connection.read_lock.acquire()
             try:
+                call: Call | None
                 try:
-                    if connection.ahead:
+                    waited = bool(connection.ahead)
+                    if waited:
                         frame, call = connection.ahead.popleft()
                     else:
                         data = channel.recv()
@@ -341,12 +344,12 @@ class Server:
             if call is None:
                 continue
             call_id = frame.call_id
-            connection.inline[call_id] = call.since
+            connection.inline[call_id] = time.monotonic() if waited else call.since
             if self._warden_parked:
                 self._kick_warden()
             call.about_to_block = connection.let_others_in
             try:
-                self._run(connection, frame, call)
+                self._run(connection, frame, call, waited)
             finally:
                 del connection.inline[call_id]
             del frame, call
@@ -474,16 +477,14 @@ class Server:
 
     # ------------------------------------------------------------ calls
 
-    def _run(
-        self, connection: _Connection, frame: Frame, call: Call, was_queued: bool = False
-    ) -> None:
+    def _run(self, connection: _Connection, frame: Frame, call: Call, waited: bool = False) -> None:
         """Run a call and answer it. Never raises."""
         bound = self._methods[frame.method]
         call_id = frame.call_id
         token = _current.set(call)
         phase = Code.BAD_ARGUMENTS
         try:
-            if was_queued or call.cancelled:
+            if waited or call.cancelled:
                 call.check()
             if bound.takes_none and frame.body == NO_ARGUMENTS:
                 box: list[Any] = [()]
@@ -552,7 +553,7 @@ class Server:
         """Send box[0]; afterwards the box is empty."""
         if not flags & PICKLED:
             body = self._marshaller.plain(box, TRANSFER_OF[flags & TRANSFER_MASK])
-            if body is not None:
+            if body is not None and len(body) < self._max_plain:
                 self._send(connection, _head(REPLY, call_id, 0, b"", b"", body))
                 return
         serializer: Serializer = "pickle" if flags & PICKLED else "msgpack"
@@ -789,7 +790,7 @@ class Server:
         """Accept, shake hands, notice ends; tick while calls run."""
         quiet = served = 0
         while not self._stopped:
-            busy = quiet < TICKS_WITHOUT_WORK or self._handshakes
+            busy = quiet < TICKS_WITHOUT_WORK or bool(self._handshakes)
             if not busy:
                 self._warden_parked = True
                 busy = self._any_running()
@@ -804,9 +805,11 @@ class Server:
                 else:
                     quiet += 1
             except Exception:
-                if self._stopped:
-                    return
-                log.exception("%s: the warden stumbled", self.name)
+                if not self._is_stopped():
+                    log.exception("%s: the warden stumbled", self.name)
+
+    def _is_stopped(self) -> bool:
+        return self._stopped  # another thread's doing
 
     def _event(self, fd: int, event: int) -> None:
         if fd == self._woken:

@@ -43,7 +43,7 @@ def _life(host: Host) -> float:
     return time.perf_counter() - begin
 
 
-def _copy(source: np.ndarray, target: np.ndarray) -> float:  # type: ignore[type-arg]
+def _copy(source: np.ndarray, target: np.ndarray) -> float:
     begin = time.perf_counter()
     target[:] = source
     return time.perf_counter() - begin

@@ -23,8 +23,8 @@ NO_SCRUBBING = ("--scrub-interval", "0")
 def run_fsck(name: str, *options: str) -> tuple[int, dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, "-m", "dmrpc_cxl.fabric.check", name, "--json", *options],
-        capture_output=True,
         check=False,
+        capture_output=True,
         text=True,
         timeout=60,
     )

@@ -113,6 +113,8 @@ def test_messages_beyond_the_limit_harm_nobody_else(rpc: Rpc, transport: str) ->
         desk.echo(b"x" * (2 << 20))
     with pytest.raises(DmError, match="sends at most 1048576"):
         desk.big(2 << 20)
+    with pytest.raises(DmError, match="sends at most 1048576"):
+        desk.numbers(1 << 20)
     noted(desk, "began door")
     desk.open("door")
     assert future.result() == "door"

@@ -455,7 +455,7 @@ def test_the_same_frame_sent_twice_uses_its_refs_once_and_ends_the_connection(
 def test_a_ref_replayed_in_another_call_is_refused_and_nobody_loses_anything(
     pair: Pair, kind: str
 ) -> None:
-    fabric, service, client = pair
+    fabric, _service, client = pair
     ref = client.call(wire)
     with RawClient(fabric, kind=kind) as raw:
         raw.send(raw.call("total", 1, refs=ref, body=array_body(LARGE)))
@@ -471,7 +471,7 @@ def test_a_ref_replayed_in_another_call_is_refused_and_nobody_loses_anything(
 def test_refs_that_a_frame_lists_and_no_value_uses_stay_their_senders(
     pair: Pair, kind: str
 ) -> None:
-    fabric, service, client = pair
+    fabric, _service, client = pair
     wires = b"".join(client.call(wire) for _ in range(5))
     with RawClient(fabric, kind=kind) as raw:
         raw.send(raw.call("total", 1, refs=wires, body=array_body(LARGE, 3)))
@@ -483,7 +483,7 @@ def test_refs_that_a_frame_lists_and_no_value_uses_stay_their_senders(
 def test_a_reply_that_a_raw_client_never_takes_comes_back_when_it_hangs_up_or_discards(
     pair: Pair, kind: str
 ) -> None:
-    fabric, service, client = pair
+    fabric, _service, _client = pair
     with RawClient(fabric, kind=kind) as raw:
         flags = frames.Flag.REF
         body = msgspec.msgpack.encode([LARGE])
@@ -499,7 +499,7 @@ def test_a_reply_that_a_raw_client_never_takes_comes_back_when_it_hangs_up_or_di
 
 
 def test_a_thousand_replies_that_are_never_taken_all_come_back(pair: Pair, kind: str) -> None:
-    fabric, service, client = pair
+    fabric, _service, _client = pair
     with RawClient(fabric, kind=kind) as raw:
         body = msgspec.msgpack.encode([100])
         for i in range(1, 301):
