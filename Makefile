@@ -53,6 +53,13 @@ fuzz: $(VENV)/.native $(VENV)/.test ## Let the fuzz tests look for much longer t
 	$(PY) -m pytest tests/fuzz -m "slow or not slow" --hypothesis-profile=campaign \
 		-o faulthandler_timeout=0 $(ARGS)
 
+FUZZ_SECONDS ?= 60
+.PHONY: fuzz-rpc
+fuzz-rpc: $(VENV)/.native $(VENV)/.fuzz ## Look for bytes that the RPC layer stumbles over, guided by coverage [FUZZ_SECONDS=60]
+	@mkdir -p $(BUILD)/fuzz-rpc/corpus
+	$(PY) scripts/fuzz_rpc.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
+		-timeout=10 -artifact_prefix=$(BUILD)/fuzz-rpc/ $(ARGS) $(BUILD)/fuzz-rpc/corpus
+
 .PHONY: soak
 soak: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
@@ -112,7 +119,7 @@ help: ## List the targets
 # ---------------------------------------------------------------- the virtual environment
 #
 #   .key <- .created <- .package <- .native
-#           .created <- .test, .dev, .examples, .bench    the extras of setup.cfg
+#           .created <- .test, .dev, .examples, .bench, .fuzz the extras of setup.cfg
 #
 # Two files are rewritten only when their content changes, so what depends on them is redone only
 # then: .key, where and for which Python the environment was made (it survives neither a move nor
@@ -156,7 +163,7 @@ $(VENV)/.native: $(VENV)/.package $(NATIVE_SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench: $(VENV)/.created setup.cfg
+$(VENV)/.test $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.created setup.cfg
 	@echo "Installing the $(@F:.%=%) tools"
 	@$(PY) scripts/requirements.py $(@F:.%=%) | $(INSTALL) -r /dev/stdin
 	@touch $@

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import (
+    crash_recovery,
     fabric_attach,
     fabric_calls,
     fabric_copies,
@@ -37,6 +38,9 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "overwrite": fabric_copies.overwrite,
     "read": fabric_copies.read_shared,
     "attach": fabric_attach.attach,
+    "host-killed": crash_recovery.host_killed,
+    "coordinator-killed": crash_recovery.coordinator_killed,
+    "scrubbing": crash_recovery.scrubbing,
     "rpc-latency": rpc_latency.latency,
     "rpc-hops": rpc_chain.hops,
     "rpc-value": rpc_chain.against_value,

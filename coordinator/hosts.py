@@ -430,6 +430,9 @@ class Hosts:
 
     async def close(self, seconds: float) -> bool:
         """Stop watching, and finish the reclaims under way. False: they do not end in that time."""
+        for host in [*self, *self._lingering]:
+            if host.process is not None:  # who dies from now on is the next coordinator's
+                self._loop.remove_reader(host.process.pidfd)
         retirements = {host.retirement for host in self if host.retirement is not None}
         if retirements:
             _, unfinished = await asyncio.wait(retirements, timeout=seconds)

@@ -45,6 +45,7 @@ THREADS = 4  # for looks at the whole device and reclaims, of which one runs at 
 NICENESS = 10  # of the threads that reclaim: a busy CPU gives them a tenth of its time
 RECLAIM_SECONDS = 30.0  # a reclaim under way gets to end when the coordinator is stopped
 EPOCH_SECONDS = 0.25  # between looks whether another coordinator has taken over
+MOST_REFUSED = 64  # connections beyond the limit that are told so at a time
 ACCEPT_PAUSE = 0.1  # seconds, when descriptors have run out
 
 
@@ -306,16 +307,17 @@ class Server:
                     log.error("cannot accept connections: %s", error.strerror)
                     await asyncio.sleep(ACCEPT_PAUSE)
                 continue
-            if len(self._connections) >= self._settings.max_connections:
+            surplus = len(self._connections) - self._settings.max_connections
+            if surplus >= 0:
                 log.warning("%d connections are open; refused one more", len(self._connections))
+            if surplus >= MOST_REFUSED:
                 sock.close()
                 continue
             try:
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._connections.add(
-                    Connection(sock, self._settings.limits, self._service.answer, self._forget)
-                )
+                serve = self._service.answer if surplus < 0 else self._service.refuse
+                self._connections.add(Connection(sock, self._settings.limits, serve, self._forget))
             except OSError as error:  # the peer is gone already
                 log.debug("lost a connection at once: %s", error.strerror)
                 sock.close()

@@ -109,6 +109,10 @@ class Service:
             self._parts.hosts.of(connection)  # refuses
         return await self._answers[request.type](connection, request.body)
 
+    async def refuse(self, connection: Connection, request: Request) -> Any:
+        """Serve a connection too many: its HELLO is refused, which ends it."""
+        raise Refused(Status.DENIED, "the coordinator has as many connections as it takes")
+
     # ---------------------------------------------------------------- hosts and frames
 
     async def _hello(self, connection: Connection, ask: Hello) -> HelloReply:

@@ -74,7 +74,7 @@ struct dm_link { /* a request/response connection to the coordinator */
     uint64_t next_request;
     bool
         reopened; /* took the place of a connection that broke; cleared by whoever looks for what was lost */
-    uint64_t epoch;          /* of the coordinator that answered HELLO; 0: never connected */
+    uint64_t epoch;                 /* of the coordinator that answered HELLO; 0: never connected */
     const struct dm_superblock *sb; /* says whether that one still is the fabric's */
     void (*between)(void *); /* called now and then while waiting for an answer; may be NULL */
     void *between_arg;

@@ -390,8 +390,8 @@ int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *ou
     unmap_pages(&r);
     take_free_frames(&r);
     if (fenced(&r))
-        return dm_fail(e, DM_ERR_REPLACED, "another coordinator has taken over, and recovers host %u",
-                       host);
+        return dm_fail(e, DM_ERR_REPLACED,
+                       "another coordinator has taken over, and recovers host %u", host);
     r.entry->nr_free = r.entry->nr_reserved = 0;
     out->duration_ns = now_ns() - start;
     return DM_OK;

@@ -317,7 +317,7 @@ def test_hosts_live_through_a_restart_and_the_pool_is_built_again(fabric):
     fabric.start()
     stats = fabric.stats()
     assert stats["pool"]["free"] == fabric.nr_frames - 150
-    assert stats["names"] == []  # their hosts publish them again
+    assert stats["names"] == [{"name": "svc", "endpoint": "here", "host": 1}]
     assert fabric.coordinator.nr_guards() == 0
     again = host.call(rejoin)
     assert (again.host, again.epoch) == (1, 2)

@@ -20,7 +20,7 @@ from dmrpc_cxl import Ref
 from dmrpc_cxl.errors import (
     AddressSpaceFull,
     BadSize,
-    CoordinatorRefused,
+    NoHostSlot,
     OutOfFrames,
     RefConsumed,
     RefTableFull,
@@ -315,7 +315,7 @@ def forget_taken(at: At) -> None:
 def test_one_host_too_many_is_told_so_and_a_slot_that_comes_free_is_used_again() -> None:
     with small({}, {}, max_hosts=2) as (fabric, (host, other)):
         (wire,) = host.call(share, 2)
-        with same(fabric), pytest.raises(CoordinatorRefused, match="2"):
+        with same(fabric), pytest.raises(NoHostSlot, match="2"):
             fabric.host()
         other.leave()
         third = fabric.host()
