@@ -90,7 +90,7 @@ def _counts_to_buffer(array: np.ndarray[Any, Any]) -> _Counts | None:
     whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
     if not whole or array.__array_interface__["data"][0] != buffer.address:
         return None
-    del base, buffer
+    del base, buffer, memory  # they would be counted
     counts = _counts(array)
     if counts.base > _FRESH.base or counts.view > _FRESH.view or counts.memory > _FRESH.memory:
         return None
