@@ -291,8 +291,10 @@ class Server:
                 waiting.discard(me)
             try:
                 if key == KICK:
+                    self._work_off_queue()
                     while (waits_for_us := self._next_attention()) is not None:
                         self._attend(waits_for_us)
+                        self._work_off_queue()
                 else:
                     connection = None if key is None else connections.get(key)
                     if connection is not None:
@@ -311,11 +313,17 @@ class Server:
     def _attend(self, connection: _Connection) -> None:
         """Read and run what a connection has, until it has nothing."""
         channel = connection.channel
+        call: Call | None
         while not connection.closed:
             # Whoever holds it may have armed the ring just now, and this thread got its report: it has to look.
             connection.read_lock.acquire()
             try:
-                call: Call | None
+                if self._queue:
+                    # Queued calls are older, and a connection that always has more must not keep them waiting. One of
+                    # them may take long: another worker is to go on here.
+                    self._attention.append(connection)
+                    self._kick_worker(1)
+                    return
                 try:
                     waited = bool(connection.ahead)
                     if waited:
@@ -353,12 +361,6 @@ class Server:
             finally:
                 del connection.inline[call_id]
             del frame, call
-            if self._queue:
-                # A connection that always has more must not keep queued calls waiting. One of those may take long: another
-                # worker is to go on here.
-                self._attention.append(connection)
-                self._kick_worker(1)
-                return
 
     def _read_ahead(self, connection: _Connection) -> None:
         """Look for CANCEL among the next frames. Context: read_lock held."""
@@ -989,11 +991,12 @@ class Server:
             except RemoteProtocolError as error:
                 self._violation(connection, error)
                 break
+            else:  # still locked: a worker that reads on finds the queue as it will be
+                call.about_to_block = self._call_others
+                self._queue.append((connection, frame, call))
+                nr_queued += 1
             finally:
                 connection.read_lock.release()
-            call.about_to_block = self._call_others
-            self._queue.append((connection, frame, call))
-            nr_queued += 1
         if nr_queued:
             self._call_others()  # one: several that run short calls would only take the interpreter from each other
 
