@@ -68,10 +68,13 @@ def _serve(connection: Any, fabric: str, options: dict[str, Any]) -> None:
         return
     connection.send((True, at.host.id, None))
     while True:
+        # Each piece of work has its own time: a host may stand idle between tests for longer.
+        faulthandler.cancel_dump_traceback_later()
         try:
             work = connection.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True)
         if work is None:
             break
         function, args, kwargs = work

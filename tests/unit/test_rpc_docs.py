@@ -12,7 +12,7 @@ import pytest
 
 import dmrpc_cxl
 from dmrpc_cxl import _native, errors
-from dmrpc_cxl.rpc import Client, Moved, Outbound, client, endpoint, frames, marshal
+from dmrpc_cxl.rpc import Client, Moved, Outbound, endpoint, frames, marshal, remote_errors
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PROTOCOL = (DOCS / "rpc-protocol.md").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def frame_of(code: frames.Code, kind: str) -> frames.Frame:
 @pytest.mark.parametrize("row", table(PROTOCOL, "code"), ids=lambda row: row[0])
 def test_a_code_is_raised_as_what_is_written(row: list[str]) -> None:
     for kind in names_in(row[3]):
-        raised = client.error_of(frame_of(frames.Code[row[0].strip("`")], kind), "s", "m")
+        raised = remote_errors.error_of(frame_of(frames.Code[row[0].strip("`")], kind), "s", "m")
         assert type(raised) is getattr(errors, kind)
 
 
