@@ -755,7 +755,7 @@ cdef class Host:
         Raises:
             BadRef: not a Ref, forged, or of another fabric.
             RefConsumed: used before.
-            OutOfFrames: copy or reserve, and the pool cannot give that much; the Ref is as it was.
+            OutOfFrames: copy or reserve, and the pool cannot give that much; the Ref stays good, held by this host.
 
         Paper: map_ref, Table II, V-B.3. Differs: a Ref is used once; clone() makes more.
         """

@@ -43,12 +43,16 @@ class Picture:
 
 
 @contextlib.contextmanager
-def nothing_changes(fabric: str) -> Iterator[None]:
-    """Assert that no refcount, page table or Ref of a device is different after the block."""
+def nothing_changes(fabric: str, taker: int = 0) -> Iterator[None]:
+    """Assert that no refcount, page table or Ref of a device is different after the block.
+
+    Refs that `taker` tried to map and could not are its own afterwards, under the same generation.
+    """
     before = Picture.of(fabric)
     yield
     after = Picture.of(fabric)
     assert before.refcounts == after.refcounts, "a refcount changed"
     assert before.page_tables == after.page_tables, "a page table changed"
-    assert before.refs == after.refs, f"Refs changed: {before.refs} -> {after.refs}"
+    refs = tuple((ref[0], ref[1], taker or ref[2], *ref[3:]) for ref in before.refs)
+    assert refs == after.refs, f"Refs changed: {before.refs} -> {after.refs}"
     assert before.reserved == after.reserved, "the number of reserved frames changed"

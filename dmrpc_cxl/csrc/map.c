@@ -20,40 +20,18 @@ struct placing {
     struct dm_runs runs;
     uint32_t index, page, nr, vma_flags;
     uint64_t word;
-    uint64_t holder_incarnation; /* of the host that held the Ref before */
     bool exclusive;
 };
 
 /*
- * Undo take_ref: the Ref is exactly what it was. Unless the host that held it is gone, for it may have died while the lock
- * was dropped, and recovery passed over a Ref that somebody was mapping: then it would have died with its holder, and
- * does so now.
+ * Undo take_ref. The host that tried keeps the Ref: the same generation, so the bytes of it stay good for whoever has
+ * them. Not the holder from before: it may have died meanwhile, and recovery passes over a Ref that somebody is mapping,
+ * so nobody would ever look for it again; or its slot may be another process's by now. Release: the next claim's acquire.
  */
 static void put_ref_back(struct dm_host *h, struct placing *p) {
-    uint16_t holder = dm_ref_holder(p->word);
-    const struct dm_host_entry *entry = &h->device.hosts[holder - 1];
-    struct dm_ref_entry *ref = &h->refs[p->index];
-    if (holder == h->id) {
-        __atomic_store_n(&ref->state, p->word, __ATOMIC_RELEASE);
-        return;
-    }
-    if (entry->incarnation == p->holder_incarnation &&
-        __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE) == DM_HOST_ACTIVE) {
-        __atomic_store_n(&ref->state, p->word, __ATOMIC_SEQ_CST);
-        /* It may have been declared dead between the look and the store; whoever comes second sees the other. */
-        if (entry->incarnation == p->holder_incarnation &&
-            __atomic_load_n(&entry->state, __ATOMIC_SEQ_CST) == DM_HOST_ACTIVE)
-            return;
-        uint64_t word = p->word;
-        if (!__atomic_compare_exchange_n(&ref->state, &word,
-                                         dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(word)),
-                                         false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
-            return; /* recovery has it */
-    } else {
-        __atomic_store_n(&ref->state, dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(p->word)),
-                         __ATOMIC_RELEASE);
-    }
-    dm_ref_release(h, p->index);
+    __atomic_store_n(&h->refs[p->index].state,
+                     dm_ref_pack(DM_REF_LIVE, dm_ref_flags(p->word), h->id, dm_ref_gen(p->word)),
+                     __ATOMIC_RELEASE);
 }
 
 static int take_ref(struct dm_host *h, const struct dm_ref_wire *w, struct placing *p,
@@ -69,7 +47,6 @@ static int take_ref(struct dm_host *h, const struct dm_ref_wire *w, struct placi
         return dm_ref_state(expect) == DM_REF_CLONING
                    ? DM_REF_BUSY
                    : dm_fail(e, DM_ERR_REF_CONSUMED, "another holder took this Ref at this moment");
-    p->holder_incarnation = h->device.hosts[dm_ref_holder(p->word) - 1].incarnation;
     struct dm_ref_entry *entry = &h->refs[p->index];
     p->nr = entry->nr_pages;
     s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &p->runs);

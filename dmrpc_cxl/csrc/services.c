@@ -71,10 +71,10 @@ static uint64_t mark_used(const struct dm_device *dev, uint8_t *used) {
     uint64_t highest = 0;
     for (uint32_t i = 0; i < dev->geo.nr_services; i++) {
         const struct dm_service_slot *at = dev->services + i;
+        if (at->serial > highest) /* of free slots, too: a serial number is never used again */
+            highest = at->serial;
         if (at->state == DM_SERVICE_FREE)
             continue;
-        if (at->serial > highest)
-            highest = at->serial;
         uint32_t slots = slots_for((uint64_t)at->name_bytes + at->endpoint_bytes);
         used[i] = 1;
         for (uint32_t k = 1; k < slots && at->next && at->next <= dev->geo.nr_services; k++) {

@@ -10,6 +10,9 @@
 ``endpoint``        finding, connecting, shaking hands
 ``server``          serving
 ``client``, ``aio`` calling, from threads and from asyncio
+``sync``            connections that threads share, futures
+``link``            a service's methods, and reconnecting
+``connection``      what all clients share; ``remote_errors``: exceptions that arrive
 ``forwarder``       a load balancer that passes calls on as they are
 ``objects``         any picklable object in DM
 ``host``            all of it on the host
@@ -17,11 +20,12 @@
 """
 
 from .calls import Call, current_call
-from .client import CallFuture, Client, Outbound
+from .client import Client, Outbound
 from .forwarder import Forwarder
 from .host import Host
 from .marshal import Moved, move
 from .server import Server
+from .sync import CallFuture
 
 __all__ = [
     "Call",

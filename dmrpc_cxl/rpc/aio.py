@@ -24,9 +24,11 @@ from ..host import Host
 from . import frames
 from .calls import _current
 from .channel import Channel, Parts
-from .client import Backoff, Connection, Link, MethodTable, Options, Pending, Prepared
+from .client import Options, Prepared
+from .connection import Connection, Pending
 from .forks import release
 from .frames import Welcome
+from .link import Backoff, Link, MethodTable
 from .marshal import Encoded, Reader
 
 __all__ = ["AsyncMethods"]

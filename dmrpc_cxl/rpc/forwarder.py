@@ -39,10 +39,11 @@ from ..errors import (
 from ..host import Host
 from . import endpoint, frames
 from .channel import Channel, RingChannel, TcpChannel
-from .client import Backoff, Client
+from .client import Client
 from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
 from .forks import not_for_children, release
 from .frames import Code, Welcome
+from .link import Backoff
 
 __all__ = ["Forwarder"]
 

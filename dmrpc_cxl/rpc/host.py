@@ -12,11 +12,12 @@ from .._native import Ref
 from ..errors import MisuseError
 from ..host import Host as MemoryHost
 from . import objects
-from .client import Client, ClientInterceptor, Link, Options
+from .client import Client, ClientInterceptor, Options
 from .endpoint import RING_BYTES, Transport
 from .forwarder import Forwarder, published_once
 from .frames import MAX_FRAME_BYTES
 from .interface import Interface
+from .link import Link
 from .marshal import Marshaller, Serializer, Transfer
 from .server import Interceptor, Server
 from .threshold import measured

@@ -44,6 +44,8 @@ import numpy as np
 from .._native import Buffer, Ref
 from ..errors import (
     CannotSend,
+    CoordinatorLost,
+    DeadlineExceeded,
     DmError,
     OutOfFrames,
     RefTableFull,
@@ -67,6 +69,9 @@ ALIGNMENT = frames.INLINE_ALIGNMENT
 LONGEST_NAME = 64  # characters of the name of a type without fields
 MAX_DIMENSIONS = 32
 MAX_EXTENT = 1 << 48  # bytes, counting lengths of 0 as 1: no empty array of absurd lengths
+
+# Whoever hands out frames may also be away, or slow: in the message it goes without.
+_NO_ROOM = (OutOfFrames, RefTableFull, CoordinatorLost, DeadlineExceeded)
 
 FLAGS_OF: dict[Transfer, int] = {
     "auto": 0,
@@ -229,7 +234,7 @@ class _Outgoing:
         if self._by_ref(nbytes):
             try:
                 place = self._ref(self._ref_to(array))
-            except (OutOfFrames, RefTableFull):
+            except _NO_ROOM:
                 if self.transfer != "auto" or nbytes > frames.MAX_FRAME_BYTES // 2:
                     raise
         if place is None:
@@ -272,7 +277,7 @@ class _Outgoing:
                     place = self._ref(self.host.create_ref(data))
                 else:
                     place = self._ref(_copy_into_dm(self.host, np.frombuffer(data, "u1")))
-            except (OutOfFrames, RefTableFull):
+            except _NO_ROOM:
                 if self.transfer != "auto" or data.nbytes > frames.MAX_FRAME_BYTES // 2:
                     raise
         if place is None:

@@ -78,19 +78,22 @@ def _count_a_fresh_one() -> _Counts:
 _FRESH = _count_a_fresh_one()
 
 
+def _shows_a_buffer_whole(array: np.ndarray[Any, Any]) -> bool:
+    """Tell whether an array is what Buffer.numpy() made, and the only memoryview of the Buffer is the array's."""
+    base: Any = array.base
+    view: Any = base.base if type(base) is np.ndarray else None
+    buffer: Any = view.obj if type(view) is memoryview else None
+    if not isinstance(buffer, Buffer) or buffer.freed or buffer.views != 1:
+        return False
+    whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
+    return whole and array.__array_interface__["data"][0] == buffer.address
+
+
 def _counts_to_buffer(array: np.ndarray[Any, Any]) -> _Counts | None:
     """Return the counts of an array that shows a Buffer whole and is its only view; None: it does not or is not."""
-    base: Any = array.base
-    memory: Any = base.base if type(base) is np.ndarray else None
-    if type(memory) is not memoryview:
+    # By a function of its own: what its variables refer to must not be counted.
+    if not _shows_a_buffer_whole(array):
         return None
-    buffer: Any = memory.obj
-    if not isinstance(buffer, Buffer) or buffer.freed or buffer.views != 1:
-        return None
-    whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
-    if not whole or array.__array_interface__["data"][0] != buffer.address:
-        return None
-    del base, buffer
     counts = _counts(array)
     if counts.base > _FRESH.base or counts.view > _FRESH.view or counts.memory > _FRESH.memory:
         return None
@@ -131,8 +134,8 @@ def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
     """
     if isinstance(target, Buffer):
         return Moved(target.host.create_ref(target, move=True), None, (target.nbytes,))
-    array: Any = target  # whatever it is
-    if not isinstance(array, np.ndarray) or _counts_to_buffer(array) is None:
+    # No variable more for the target: _TARGET counts them.
+    if not isinstance(target, np.ndarray) or _counts_to_buffer(target) is None:  # type: ignore[redundant-expr]
         base = getattr(getattr(target, "base", None), "base", None)
         if type(base) is memoryview and isinstance(base.obj, Buffer):
             raise BufferInUse(

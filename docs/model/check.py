@@ -13,10 +13,27 @@ from collections.abc import Sequence
 
 from .explore import Result, TooMany, explore
 from .invariants import ALWAYS, AT_REST
-from .scenarios import CHECKED, EVERYTHING, MISTAKES, MOVED, ONE_REF, SUPPLY, TWO_SHARE, VIEWED
+from .scenarios import (
+    CHECKED,
+    EVERYTHING,
+    MAPPED,
+    MISTAKES,
+    MOVED,
+    ONE_REF,
+    SUPPLY,
+    TWO_SHARE,
+    VIEWED,
+)
 from .state import Config
 
-SETUPS = {"nothing": (), "ref": ONE_REF, "shared": TWO_SHARE, "moved": MOVED, "viewed": VIEWED}
+SETUPS = {
+    "nothing": (),
+    "mapped": MAPPED,
+    "ref": ONE_REF,
+    "shared": TWO_SHARE,
+    "moved": MOVED,
+    "viewed": VIEWED,
+}
 MUST_SEE = (
     "two hosts at once before cow.down",
     "two hosts at once before rfree.down",

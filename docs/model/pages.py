@@ -263,7 +263,7 @@ def begin_fault(w: World, h: int, index: int, page: int) -> str:
     b[o + MAP], b[o + AT], b[o + COPY] = index, page, page
     view = b[w.mapping(h, index) + M_VIEW]
     if view:
-        b[o + REF], b[o + KIND] = view, 1
+        b[o + REF], b[o + KIND] = view, 1  # refs.BY_FAULT
         return "view.materialise"
     return "fault.look"
 

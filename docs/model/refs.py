@@ -43,9 +43,9 @@ from .state import (
 )  # fmt: skip
 from .steps import step
 
-KINDS = ("", "share", "map", "view", "drop", "accept", "clone")
-BY_FAULT = 1
-"""KIND of a materialisation that a store asked for; 2 and up are places in KINDS."""
+KINDS = ("", "a store", "create_ref", "map", "view", "drop", "accept", "clone")
+BY_FAULT, BY_CREATE = KINDS.index("a store"), KINDS.index("create_ref")
+"""KIND of a view's materialisation: what asked for it, and goes on afterwards."""
 
 
 def ref_intent(w: World, h: int, op: int, ref: int, nr: int) -> None:
@@ -94,7 +94,7 @@ def begin_create(w: World, h: int, index: int, move: bool) -> str:
         if move:
             b[m + USED] = 3
             return "view.move"
-        b[o + KIND] = KINDS.index("share") + 1
+        b[o + KIND] = BY_CREATE
         return "view.materialise"
     if move:
         b[m + USED] = 3

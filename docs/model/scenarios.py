@@ -14,6 +14,8 @@ EVERYTHING = (
     "ralloc", "rfree", "share", "move", "map", "view", "store", "drop", "accept", "clone",
 )  # fmt: skip
 SUPPLY = ("grant", "return", "ralloc", "rfree")
+MAPPED = ((1, "begins ralloc"),)
+"""Host 1 has a mapping that nobody shares."""
 ONE_REF = ((1, "begins ralloc"), (1, "begins create_ref of"))
 """Host 1 has a mapping, and a Ref of it that it holds."""
 TWO_SHARE = (*ONE_REF, (2, "begins map"))
@@ -25,6 +27,10 @@ VIEWED = (*MOVED, (2, "begins view"))
 
 CHECKED = (
     Config("from nothing", frames=2, frames_at=(1, 2), menu=EVERYTHING, coordinator_crashes=1),
+    Config(
+        "an exclusive mapping", frames=3, frames_at=(1, 1, 2), setup=MAPPED,
+        menu=("rfree", "share", "move", "map", "store", "drop"),
+    ),
     Config(
         "two copies at once", frames=3, refs=1, frames_at=(1, 1, 2), setup=TWO_SHARE, ops=2,
         menu=("store", "rfree", "share"), crashes=2, coordinator_crashes=1,
@@ -74,7 +80,7 @@ MISTAKES = tuple(
         ("repoint after the drop", _COPIES),
         ("copy progress after count", _COPIES),
         ("upgrade a shared page", _COPIES),
-        ("protect last", _START),
+        ("protect last", _BY_NAME["an exclusive mapping"]),
         ("publish before counts", _START),
         ("share progress first", _START),
         ("move without intent", _START),

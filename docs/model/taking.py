@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .pages import drop_count, freed, next_page, pages_intent
-from .refs import BY_FAULT, KINDS, claim, ref_intent, take_slot
+from .refs import BY_CREATE, BY_FAULT, KINDS, claim, ref_intent, take_slot
 from .state import (
     ACTIVE,
     AT,
@@ -161,7 +161,7 @@ def map_end(w: World, h: int) -> str:
     b[o + REF] = b[o + KIND] = 0
     if kind == BY_FAULT:
         return "fault.look"
-    return "share.slot" if kind == KINDS.index("share") + 1 else ""
+    return "share.slot" if kind == BY_CREATE else ""
 
 
 # ---------------------------------------------------------------- when map_ref fails

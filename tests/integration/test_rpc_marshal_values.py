@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dmrpc_cxl.errors import AccessDenied, CannotSend, OutOfFrames
-from tests.fabrics import At, HostProcess
+from tests.fabrics import At, Fabric, HostProcess
 from tests.rpc_peers import LARGE, THRESHOLD, connect, serve
 from tests.standing import Standing, take_all_frames
 
@@ -426,8 +426,13 @@ def without_frames(at: At) -> None:
     gc.collect()
 
 
-def test_out_of_frames_auto_goes_by_value_and_ref_says_so(pair: list[HostProcess]) -> None:
-    pair[1].call(without_frames)
+@pytest.mark.parametrize("transport", ["ring", "tcp"])
+def test_out_of_frames_auto_goes_by_value_and_ref_says_so(fabric: Fabric, transport: str) -> None:
+    service, client = fabric.host(), fabric.host()
+    service.call(serve)
+    client.call(connect, transport=transport)
+    client.call(without_frames)
+    client.call(end)
 
 
 # ---------------------------------------------------------------- pickles

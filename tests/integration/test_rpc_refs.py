@@ -222,7 +222,7 @@ def outcomes(at: At) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_call_that_is_refused_as_too_many_gives_its_refs_back(pair: Pair, way: str) -> None:
     fabric, service, client = pair
-    client.call(begin, way, 8)  # two run, one waits
+    client.call(begin, way, 12)  # two run, one or two wait
     service.call(count_reaches, "overloaded", 5)
     service.call(go)
     ends = client.call(outcomes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmrpc_cxl.errors import CoordinatorLost
 from tests.coordinators import Coordinated, coordinated, give_back, grant, publish, rejoin
 from tests.fabrics import At, running
 
@@ -50,7 +51,7 @@ def test_a_coordinator_that_was_replaced_while_paused_stops_before_it_changes_an
         assert old.wait() == 1
         assert "has taken over" in old.log
         assert bytes(tables(fabric)) == before
-        with pytest.raises(Exception, match="closed the connection"):
+        with pytest.raises(CoordinatorLost):
             waiting.result()
         assert fabric.owners(granted) == {1}
         host.call(give_back, granted)
