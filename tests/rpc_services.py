@@ -23,6 +23,7 @@ import numpy as np
 
 import dmrpc_cxl
 from dmrpc_cxl.rpc import Forwarder, current_call
+from dmrpc_cxl.rpc.client import IDLE_SECONDS
 from tests.fabrics import At, Fabric, HostProcess
 from tests.standing import Standing, until
 
@@ -349,6 +350,12 @@ def using_rpc(standing: Standing) -> Iterator[Rpc]:
 def noted(desk: Any, text: str) -> None:
     """Wait until a Desk has noted a text."""
     until(lambda: text in desk.notes(), 20)
+
+
+def grow_idle(client: Any) -> None:
+    """Wait until a client will look at its connection before it sends the next call."""
+    used = client._link.connection.used
+    until(lambda: time.monotonic() - used > 2 * IDLE_SECONDS)
 
 
 def _state(pid: int, task: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 import dmrpc_cxl
 from dmrpc_cxl.errors import PeerLost, ServiceExists, ServiceNotFound, ServiceStopping
-from tests.rpc_services import Desk, Rpc, Typed, descriptors_and_threads, noted, stop
+from tests.rpc_services import Desk, Rpc, Typed, descriptors_and_threads, grow_idle, noted, stop
 from tests.standing import until
 
 
@@ -216,6 +216,7 @@ def test_a_client_that_was_idle_notices_before_it_sends(rpc: Rpc, transport: str
     process.kill()
     until(lambda: not _published(rpc, "desk"))
     rpc.serve(1, Desk, "desk")
+    grow_idle(desk)
     assert desk.pid() != first  # the first call after the death, and it works
 
 
@@ -224,6 +225,7 @@ def test_a_call_waits_for_a_service_that_comes_back_in_time(rpc: Rpc, transport:
     desk = rpc.connect("desk", transport=transport, connect_timeout=20.0)
     first = desk.pid()
     rpc.hosts[0].call(stop, "desk")
+    grow_idle(desk)
     pids: list[int] = []
     caller = threading.Thread(target=lambda: pids.append(desk.pid()))
     caller.start()
@@ -255,6 +257,7 @@ def test_close_does_not_wait_for_a_thread_that_reconnects(rpc: Rpc) -> None:
     rpc.serve(0, Desk, "desk")
     desk = rpc.connect("desk", connect_timeout=60.0)
     rpc.hosts[0].call(stop, "desk")
+    grow_idle(desk)
     errors: list[BaseException] = []
 
     def call() -> None:
