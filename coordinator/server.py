@@ -243,6 +243,9 @@ class Server:
             log.info("stopping")
         finally:
             self._service.stopping = True
+            for listener in self._listeners:
+                # A connection may have arrived in this very turn of the loop: its callback must not find a cancelled accept.
+                self._loop.remove_reader(listener)
             for task in accepting:
                 task.cancel()
             await asyncio.gather(*accepting, return_exceptions=True)

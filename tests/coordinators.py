@@ -296,7 +296,7 @@ class Coordinated:
             assert audit["nr_violations"] == 0, audit["violations"]
             assert audit["pool"] == audit["nr_frames"], audit
         for coordinator in self.coordinators:
-            assert "Traceback" not in coordinator.log
+            assert "Traceback" not in coordinator.log, coordinator.log
 
     def remove(self) -> None:
         for host in self.raw_hosts:
