@@ -119,7 +119,7 @@ class Supply:
         for host in self._hosts:
             if host is not short and host.account.alive and now >= host.not_asked_before:
                 entry = self._device.host(host.account.host)
-                spare = entry["nr_free"] - entry["nr_reserved"]
+                spare = entry["nr_free"] + entry["nr_coming_home"] - entry["nr_reserved"]
                 if spare > 0:
                     idle.append((spare, host))
         for spare, host in sorted(idle, key=lambda found: -found[0]):

@@ -364,15 +364,21 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
             drop_shared(h, in, run, progress, &freed);
         } else if (run->pfn != DM_NO_FRAME) {
             dm_frames_leave_use(h, run->pfn, run->count);
-            dm_frame_freed(h, run->pfn, run->count);
         }
         progress += run->count;
         dm_intent_progress(in, progress); /* complete: the runs are not needed any more */
     }
     dm_freed_end(h, &freed);
+    uint16_t home = entry->creator;
     dm_ref_free_overflow(h, entry);
     (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
+    if (dm_ref_flags(word) & DM_REF_EXCLUSIVE)
+        for (uint32_t r = 0; r < runs.nr; r++) {
+            const struct dm_run *run = &runs.list[r];
+            if (run->pfn != DM_NO_FRAME && !dm_send_home(h, home, run->pfn, run->count))
+                dm_frame_freed(h, run->pfn, run->count);
+        }
     dm_runs_free(&runs);
 }
 

@@ -189,6 +189,8 @@ static void a_clone_adds_one_count_and_ends_exclusiveness(void) {
 }
 
 static void who_drops_last_gets_the_frames(void) {
+    dm_welcome_home(a);
+    dm_welcome_home(b);
     uint32_t of_a = a->free.nr_free, of_b = b->free.nr_free;
     struct dm_ref_wire w = moved(a, 5), copy = cloned(a, &w);
     EXPECT_OK(dm_ref_accept(b, &copy, &err), &err);
