@@ -59,8 +59,8 @@ def main() -> int:
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
-        print(f"\nFAILED in the round of seed {seed}, after {campaign.slots.kills} kills: {error}")
         campaign.show_logs()
+        print(f"\nFAILED in the round of seed {seed}, after {campaign.slots.kills} kills: {error}")
         print(
             f'again: make soak ARGS="--seed {seed} --kills {options.round} --round {options.round}"'
         )

@@ -220,6 +220,8 @@ class Acts:
         if self.mail.send(letter):
             self.holdings.claims.remove(claim)
             self.holdings.sent.append((letter, claim))
+        else:
+            claim.ref.accept()  # as if its bytes had never been handed out
 
     def take_back(self, rng: random.Random) -> None:
         """Drop what was sent to somebody who is no more, or may be dropped anyway."""
