@@ -53,6 +53,8 @@ class Supply:
             OverQuota: the host holds as many frames as it may.
             HostFenced: the host left or died meanwhile.
             PeerError: the connection ended meanwhile; nothing was granted.
+
+        A coordinator that stops waits for nothing: what is raised then is not the last word.
         """
         want, min_run = max(ask.want, ask.min_run), max(ask.min_run, 1)
         if want < 1:
@@ -93,7 +95,7 @@ class Supply:
                     if await self._hosts.find_lost_frames():
                         continue
                 awaited = self._recall(host, want, min_run) or self._hosts.reclaiming
-                if not awaited or loop.time() >= deadline:
+                if not awaited or loop.time() >= deadline or self._changes.over:
                     raise
             await self._changes.next(connection, deadline - loop.time())
 

@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -281,6 +282,19 @@ static int register_host(struct dm_host *h, const struct dm_attach *how, struct 
     return DM_OK;
 }
 
+/* The coordinator may have died since it answered REGISTER: its successor knows us, and is waited for. */
+static int be_guarded(struct dm_host *h, struct dm_error *e) {
+    uint64_t give_up = dm_now_ns() + h->deadline_ns;
+    unsigned pause_ms = 2;
+    int s;
+    while ((s = dm_guard_open(h, e)) == DM_ERR_COORDINATOR_LOST &&
+           dm_now_ns() + pause_ms * 1000000ull < give_up) {
+        (void)poll(NULL, 0, (int)pause_ms);
+        pause_ms = pause_ms < 100 ? pause_ms * 2 : 100;
+    }
+    return s;
+}
+
 /* ---------------------------------------------------------------- attach and detach */
 
 static void release(struct dm_host *h) {
@@ -345,7 +359,7 @@ static int set_up(struct dm_host *h, const struct dm_attach *how, struct dm_erro
     h->ref_cursor = (uint32_t)((uint64_t)(h->id - 1) * h->max_refs / h->device.geo.max_hosts);
     for (unsigned i = 0; i < DM_REF_RING; i++)
         h->ref_ring[i] = h->ref_cursor;
-    if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = dm_guard_open(h, e)))
+    if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = be_guarded(h, e)))
         return s;
     s = dm_handler_start(h, e);
     close_guard(h);

@@ -423,7 +423,8 @@ class _Incoming:
             if code == BLOB:
                 return self._blob(*_unpack_blob(data))
             if code == REF:
-                return Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
+                # Anew: its sender, which drops what was not accepted, may be this host as well.
+                return Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept(anew=True)
             raise RemoteProtocolError(f"a value of unknown extension type {code}")
         except DmError as error:  # msgspec would wrap it
             self.failure = error
