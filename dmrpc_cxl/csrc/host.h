@@ -22,6 +22,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "crash.h"
 #include "device.h"
 #include "freelist.h"
 #include "layout.h"

@@ -357,6 +357,7 @@ static bool take_off(struct dm_device *dev, uint32_t pfn, uint32_t nr) {
                                              : word - nr;
     } while (
         !__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+    DM_CRASH_POINT(scrub_taken_off);
     return true;
 }
 

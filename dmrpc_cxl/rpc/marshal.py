@@ -41,7 +41,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from .._native import Buffer, Ref
+from .._native import Buffer, Ref, crash_point
 from ..errors import (
     CannotSend,
     CoordinatorLost,
@@ -423,7 +423,9 @@ class _Incoming:
             if code == BLOB:
                 return self._blob(*_unpack_blob(data))
             if code == REF:
-                return Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
+                ref = Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
+                crash_point("value_accepted")
+                return ref
             raise RemoteProtocolError(f"a value of unknown extension type {code}")
         except DmError as error:  # msgspec would wrap it
             self.failure = error
@@ -467,6 +469,7 @@ class _Incoming:
             array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=whole, offset=at)
             return array
         buffer = self.host.view_ref(self._ref(place))
+        crash_point("value_viewed")
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
         return buffer.numpy(dtype, shape)
@@ -477,6 +480,7 @@ class _Incoming:
             view = memoryview(self.frame.data)[at : at + nbytes]
         else:
             buffer = self.host.view_ref(self._ref(place))
+            crash_point("value_viewed")
             if buffer.nbytes != nbytes:
                 raise RemoteProtocolError(f"{nbytes} bytes in a Ref to {buffer.nbytes}")
             view = memoryview(buffer)

@@ -42,7 +42,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from .._native import WaitSet
+from .._native import WaitSet, crash_point
 from ..errors import (
     AccessDenied,
     BadRef,
@@ -503,6 +503,8 @@ class Server:
                 box.append(bound.function(*box.pop()))
             if call.cancelled:  # Refs in the reply would lie there until the client reads again
                 call.check()
+            if frame.nr_refs:
+                crash_point("method_returned")
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -566,6 +568,8 @@ class Server:
         finally:
             box.clear()
         refs = bytes(encoded.refs)
+        if refs:
+            crash_point("reply_written")
         try:
             head = frames.head(
                 Kind.REPLY,
@@ -583,7 +587,10 @@ class Server:
                 )
             if refs:
                 self._remember(connection, call_id, refs)
+                crash_point("reply_remembered")
             self._send(connection, (head, *encoded.inline))
+            if refs:
+                crash_point("reply_sent")
         except BaseException:
             if refs:
                 self.host.drop_refs(refs)
@@ -753,6 +760,7 @@ class Server:
             connection.backlog.clear()
         if unsettled and not self.host.detached:
             self.host.drop_refs(unsettled)
+            crash_point("refs_taken_back")
         for call in list(connection.calls.values()):
             call.cancel()
         log.debug("%s: connection %d closed: %s", self.name, connection.key, reason)
