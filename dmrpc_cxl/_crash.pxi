@@ -9,7 +9,7 @@ cdef extern from "csrc/crash.h" nogil:
     int DM_CRASH_NR
     size_t DM_CRASH_SLOTS
     size_t DM_CRASH_RECORD_BYTES
-    bint dm_crash_armed
+    bint DM_CRASH_IS_ARMED
     void dm_crash_pass(int label) noexcept
     int dm_crash_arm(int label, uint64_t passes, const char *record) noexcept
 
@@ -20,14 +20,14 @@ cdef dict _crash_numbers = {dm_crash_labels[i].name.decode(): i for i in range(D
 
 def crash_point(str label):
     """Say that the step of that label has been taken. Off, it costs a call and a branch."""
-    if dm_crash_armed:
+    if DM_CRASH_IS_ARMED:
         dm_crash_pass(_crash_numbers[label])
 
 
 def crash_at(str label, uint64_t passes=1, record=None):
     """Let this process kill itself at the passes-th time it comes to a label from now on; "none": only count.
 
-    What DMRPC_CRASH_AT does to a process from its start.
+    What DM_CRASH_POINT does to a process from its start.
 
     Args:
         record: path of a file of CRASH_RECORD_BYTES that counts passes and deaths, for crash_record().

@@ -171,7 +171,7 @@ class Scrub:
 
     @property
     def suspects(self) -> list[dict[str, Any]]:
-        """Frames that the last look found wrong."""
+        """Frames and Refs that the last look found wrong."""
 
     @property
     def nr_overlooked(self) -> int:

@@ -43,6 +43,7 @@ void dm_pt_set_holes(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t hea
         DM_CRASH_POINT(pte_hole);
     }
     h->pt[page] |= head;
+    DM_CRASH_POINT(pte_hole);
 }
 
 static int pages_of(const struct dm_host *h, uint64_t size, uint32_t *nr, struct dm_error *e) {

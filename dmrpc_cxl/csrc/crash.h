@@ -3,13 +3,19 @@
  *
  * At each of them a process can be made to kill itself, at the n-th time it passes there: so a campaign can end a
  * process of any role inside of any operation, and say exactly where (tests/crash). Always compiled in: off, a point is
- * one branch on a global that is never taken (docs/decisions/0014-crash-points.md).
+ * one branch on a global that is never taken (docs/decisions/0014-crash-points.md). -DDM_NO_CRASH_POINTS leaves them out.
  *
- *     DMRPC_CRASH_AT=label:pass       read at attach and when a device is opened; "none" only counts
- *     DMRPC_CRASH_RECORD=path         a file of DM_CRASH_RECORD_BYTES, which counts passes and deaths by label
+ *     DM_CRASH_POINT=label[:n]        read at attach and when a device is opened; n is 1 if it is left out; "none" only
+ *                                     counts
+ *     DM_CRASH_RECORD=path            a file of DM_CRASH_RECORD_BYTES, which counts passes and deaths by label
  *
  * A label says what has just been done. Steps of Python have theirs here, too: dmrpc_cxl._native.crash_point("name").
  * Those of loops over pages are passed once for each page.
+ *
+ * What is a step: one store to a frame word, a page-table entry, the state or the chain of a Ref, the operation and the
+ * progress of an intent record, the state of a host or a service, the coordinator in the superblock. tests/c/
+ * test_crash_points.c watches the stores of every operation, and fails if two of these have no label between them. All
+ * else that is written (a Ref's other fields, an intent's, counters) counts only once one of these stores says so.
  */
 #ifndef DM_CRASH_H
 #define DM_CRASH_H
@@ -22,6 +28,7 @@
     X(frame_in_use, "the word of a free frame says in use")                                        \
     X(frame_left_use, "the word of a frame of an exclusive run says free")                         \
     X(frame_counted_down, "a count was dropped")                                                   \
+    X(frame_overcounted, "a count above the most was taken, and is given back next")               \
     X(pte_set, "an entry of the page table shows a frame")                                         \
     X(pte_hole, "an entry of the page table is a hole")                                            \
     X(pte_cleared, "an entry of an exclusive or moved range is empty")                             \
@@ -49,6 +56,7 @@
     X(share_counted, "a page is counted for the Ref, progress not written")                        \
     X(share_progress, "and progress written")                                                      \
     X(share_undoing, "progress goes back, a count too many stands")                                \
+    X(share_undone, "nothing is counted any more, intent gone, the entry being built")             \
     X(share_ended, "Ref live, intent gone")                                                        \
     X(move_begun, "intent to move written")                                                        \
     X(move_passed, "Ref live, the mapping's entries still there")                                  \
@@ -76,6 +84,7 @@
     X(map_passed, "counts are the mapping's, the entry is not free")                               \
     X(map_ended, "entry free, intent gone")                                                        \
     X(map_copied, "eager copy made, the Ref still claimed")                                        \
+    X(map_dropping, "eager copy made, the Ref claimed to be dropped")                              \
     X(view_shown, "a view holds its Ref")                                                          \
     X(view_claimed, "the view's Ref is claimed to become a mapping")                               \
     X(view_dropping, "the view's Ref is claimed to be dropped")                                    \
@@ -114,11 +123,13 @@
     X(relay_sent, "a call was forwarded")                                                          \
     X(relay_answered, "a reply has come, and is not passed on")                                    \
     X(relay_replied, "a reply was passed on")                                                      \
+    X(relay_ended, "a peer is gone, its calls are cancelled or answered")                          \
     /* the coordinator: native steps */                                                            \
     X(transfer_worded, "the word of a free frame names its new owner")                             \
     X(epoch_begun, "no coordinator is in the superblock")                                          \
     X(epoch_raised, "the epoch is a new one")                                                      \
     X(epoch_entered, "the new coordinator is in the superblock")                                   \
+    X(epoch_left, "a coordinator that stops is out of the superblock")                             \
     X(host_cleared, "the page table of a new host is empty")                                       \
     X(host_entered, "a host is entered, not active")                                               \
     X(host_active, "a host is active")                                                             \
@@ -127,6 +138,10 @@
     X(service_live, "a service is live")                                                           \
     X(service_withdrawn, "a service is gone")                                                      \
     X(scrub_taken_off, "counts that nobody holds were taken off")                                  \
+    X(scrub_reclaimed, "a free frame of a host that is not attached is the pool's")                \
+    X(scrub_ref_claimed, "a Ref that nobody holds is claimed to be freed")                         \
+    X(scrub_ref_unlinked, "its overflow frames are forgotten")                                     \
+    X(scrub_ref_freed, "its entry is free")                                                        \
     /* reclaiming a dead host */                                                                   \
     X(recover_begun, "what it was doing is noted")                                                 \
     X(recover_progress, "progress is written, the count still there")                              \
@@ -136,12 +151,15 @@
     X(recover_claimed, "a Ref that it held is claimed to be dropped")                              \
     X(recover_unlinked, "an overflow frame is unlinked, its count not dropped")                    \
     X(recover_ref_freed, "a Ref entry is free")                                                    \
-    X(recover_pte_cleared, "an entry of its page table is empty")                                  \
+    X(recover_drop_ended, "a Ref is dropped, the intent gone")                                     \
+    X(recover_pte_undone, "an entry of an interrupted operation is empty")                         \
+    X(recover_pte_cleared, "an entry of its page table is empty, its count dropped next")          \
     X(recover_intent_done, "its intent is settled")                                                \
     X(recover_refs_done, "its Refs are dropped")                                                   \
     X(recover_pages_done, "its pages are unmapped")                                                \
     X(recover_ended, "nothing is left of it")                                                      \
     /* the coordinator: steps in Python */                                                         \
+    X(listener_bound, "a coordinator listens at its socket, and is not in the superblock")         \
     X(grant_unanswered, "frames are the host's, the answer is not sent")                           \
     X(return_counted, "returned frames are in the pool, the answer is not sent")                   \
     X(register_unanswered, "a host is admitted, the answer is not sent")                           \
@@ -153,14 +171,18 @@
     X(withdrawn, "a service is withdrawn, the answer is not sent")                                 \
     X(restored, "a new coordinator knows all hosts, and does not serve")                           \
     /* calls: where a Ref changes hands */                                                         \
+    X(welcome_sent, "a client is told of its connection, which is not open here")                  \
+    X(value_placed, "a Ref stands in a message that is being written")                             \
     X(call_written, "Refs of the arguments made, the call is not sent")                            \
     X(call_sent, "a call with Refs is sent")                                                       \
+    X(call_admitted, "a call with Refs is read, none of them taken")                               \
     X(value_viewed, "a Ref of a message is shown here")                                            \
     X(value_accepted, "a Ref of a message is held here")                                           \
     X(method_returned, "a method with Refs has returned, its reply is not written")                \
     X(reply_written, "Refs of the reply made, and not remembered")                                 \
     X(reply_remembered, "Refs of the reply remembered, it is not sent")                            \
     X(reply_sent, "a reply with Refs is sent")                                                     \
+    X(reply_discarded, "Refs of a reply that nobody wants were dropped")                           \
     X(reply_read, "a reply with Refs is read")                                                     \
     X(refs_taken_back, "Refs that nobody took were dropped")
 
@@ -188,7 +210,11 @@ extern const struct dm_crash_info dm_crash_labels[DM_CRASH_NR];
 
 extern bool dm_crash_armed __attribute__((visibility("hidden")));
 
+#ifdef DM_NO_CRASH_POINTS
+#define DM_CRASH_IS_ARMED false
+#else
 #define DM_CRASH_IS_ARMED __builtin_expect(dm_crash_armed, 0)
+#endif
 #define DM_CRASH_POINT(label)                                                                      \
     do {                                                                                           \
         if (DM_CRASH_IS_ARMED)                                                                     \

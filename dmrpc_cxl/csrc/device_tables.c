@@ -137,6 +137,7 @@ bool dm_device_stop_coordinator(struct dm_device *dev, uint64_t epoch) {
     if (!dev->writable || __atomic_load_n(&dev->sb->coordinator_epoch, __ATOMIC_ACQUIRE) != epoch)
         return false;
     write_coordinator(dev->sb, &nobody);
+    DM_CRASH_POINT(epoch_left);
     return true;
 }
 
@@ -276,7 +277,8 @@ int dm_device_set_host_state(struct dm_device *dev, uint32_t host, uint32_t expe
     if (status == DM_OK)
         *changed = __atomic_compare_exchange_n(&dev->hosts[host - 1].state, &expect, state, false,
                                                __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-    DM_CRASH_POINT(host_state_set);
+    if (status == DM_OK && *changed)
+        DM_CRASH_POINT(host_state_set);
     return status;
 }
 

@@ -198,6 +198,7 @@ static int map_copy(struct dm_host *h, struct placing *p, uint32_t *id, struct d
     DM_CRASH_POINT(map_copied);
     __atomic_store_n(&h->refs[p->index].state,
                      dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(p->word)), __ATOMIC_RELEASE);
+    DM_CRASH_POINT(map_dropping);
     dm_ref_release(h, p->index);
     DM_COUNT(h, eager_copies, 1);
     DM_COUNT(h, bytes_copied, p->nr * page_bytes);

@@ -76,9 +76,10 @@ static void reclaim(struct recovery *r, uint32_t pfn) {
         return;
     if (__atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
                                     dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
-                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
         r->out->frames_reclaimed++;
-    DM_CRASH_POINT(recover_reclaimed);
+        DM_CRASH_POINT(recover_reclaimed);
+    }
 }
 
 static void progress(struct recovery *r, uint64_t value) {
@@ -125,10 +126,10 @@ static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
 /* By compare-and-swap: a successor may have done it, and somebody may use the entry again. */
 static void make_free(struct dm_ref_entry *entry) {
     uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
-    (void)__atomic_compare_exchange_n(&entry->state, &word,
-                                      dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1), false,
-                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
-    DM_CRASH_POINT(recover_ref_freed);
+    if (__atomic_compare_exchange_n(&entry->state, &word,
+                                    dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1), false,
+                                    __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        DM_CRASH_POINT(recover_ref_freed);
 }
 
 static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
@@ -170,6 +171,7 @@ static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
     free_overflow(r, entry);
     make_free(entry);
     __atomic_store_n(&r->intent->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(recover_drop_ended);
     r->out->refs_dropped++;
 }
 
@@ -215,8 +217,10 @@ static bool ref_untouched(struct recovery *r) {
 }
 
 static void clear_ptes(struct recovery *r) {
-    for (uint64_t i = 0; i < r->intent->nr && !fenced(r); i++)
+    for (uint64_t i = 0; i < r->intent->nr && !fenced(r); i++) {
         __atomic_store_n(&r->pt[r->intent->page + i], 0, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(recover_pte_undone);
+    }
 }
 
 /* Counts that were taken for a Ref which never became live: the first `progress` of the mapping's pages. */

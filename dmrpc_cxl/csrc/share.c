@@ -134,6 +134,7 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
     s = count_range(h, in, page, nr);
     if (s) {
         dm_intent_end(in);
+        DM_CRASH_POINT(share_undone);
         dm_ref_slot_undo(h, index);
         return dm_fail(e, s, "a frame of this range has %u holders already", DM_REFCOUNT_MAX);
     }

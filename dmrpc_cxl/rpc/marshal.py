@@ -204,6 +204,7 @@ class _Outgoing:
 
     def _ref(self, ref: Ref) -> int:
         self.refs += ref.to_bytes()
+        crash_point("value_placed")
         return len(self.refs) // REF_BYTES - 1
 
     def _lend(self, ref: Ref) -> int:
@@ -718,6 +719,7 @@ class Marshaller:
         """Undo write() for a value that did not leave: the user's own Refs are as before, the others are dropped."""
         if encoded.refs:
             _take_back(self.host, encoded.refs, encoded.lent)
+            crash_point("refs_taken_back")
 
     def _again_without_blobs(self, value: Any, outgoing: _Outgoing, body: bytes) -> bytes:
         """Large bytes are in the body: write it again with those outside."""

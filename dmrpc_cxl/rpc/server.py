@@ -446,6 +446,8 @@ class Server:
             )
             call.since = now
             connection.calls[call_id] = call
+            if frame.nr_refs:
+                crash_point("call_admitted")
             return call
         if frame.kind == Kind.CANCEL:
             self._cancel(connection, frame.call_id)
@@ -465,6 +467,7 @@ class Server:
         for known, refs in list(connection.unsettled):
             if known == call_id:
                 self.host.drop_refs(refs)
+                crash_point("reply_discarded")
 
     def _refuse(self, connection: _Connection, call_id: int, code: Code, error: DmError) -> None:
         self.counts[code.name.lower()] += 1
@@ -671,6 +674,8 @@ class Server:
                     box.append(await box.pop())
                 if call.cancelled:
                     call.check()
+                if frame.nr_refs:
+                    crash_point("method_returned")
                 phase = Code.BAD_RESULT
                 self._reply(connection, call_id, flags, box)
             except BaseException as error:
