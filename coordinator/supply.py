@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from dmrpc_cxl._native import Device
+from dmrpc_cxl._native import Device, crash_point
 from dmrpc_cxl.errors import OutOfFrames, PeerError, RemoteProtocolError
 
 from .connection import Connection
@@ -61,6 +61,7 @@ class Supply:
             raise RemoteProtocolError("GRANT asks for no frame")
         try:
             runs = await self._grant(connection, host, want, min_run)
+            crash_point("grant_unanswered")
         except OutOfFrames:
             self._ledger.totals.grants_refused += 1
             raise
@@ -108,6 +109,7 @@ class Supply:
         host.owes_answer_until = 0.0
         host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
         self._frames.take_back(host.account, runs)
+        crash_point("return_counted")
         self._changes.announce()
 
     def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:

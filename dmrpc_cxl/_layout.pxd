@@ -413,6 +413,12 @@ cdef extern from "csrc/scrub.h" nogil:
         uint32_t host
         uint32_t op
 
+    cdef struct dm_orphan:
+        uint32_t entry
+        uint32_t looks
+        uint32_t settled
+        uint64_t word
+
     cdef struct dm_scrub_look:
         uint64_t pool
         uint64_t free
@@ -430,6 +436,8 @@ cdef extern from "csrc/scrub.h" nogil:
         dm_suspect suspects[1]  # as many as C says
         uint32_t nr_suspects
         uint32_t nr_overflowed
+        dm_orphan orphans[1]
+        uint32_t nr_orphans
         char bad_entry[192]
 
     int dm_scrub_new(const dm_device *dev, dm_scrub **out, dm_error *err) noexcept

@@ -33,8 +33,10 @@ static void take_back(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr)
         if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == to && dm_frame_coming(word) &&
             __atomic_compare_exchange_n(&h->frames[pfn + i], &word,
                                         dm_frame_pack(0, h->id, dm_frame_seq(word)), false,
-                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+            DM_CRASH_POINT(home_taken_back);
             dm_freed_add(h, &freed, pfn + i);
+        }
     }
     dm_freed_end(h, &freed);
 }
@@ -55,20 +57,25 @@ bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr) {
     if (__atomic_load_n(&home->state, __ATOMIC_RELAXED) != DM_HOST_ACTIVE)
         return false;
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_HOME, to, nr, pfn, 0, 0);
+    DM_CRASH_POINT(home_begun);
     for (uint32_t i = 0; i < nr; i++) {
         uint64_t *word = &h->frames[pfn + i];
         /* Ours and unused: nobody else changes the word. Release: our use of the frame is over. */
         __atomic_store_n(word, dm_frame_pack(0, to | DM_COMING, dm_frame_seq(*word)),
                          __ATOMIC_RELEASE);
+        DM_CRASH_POINT(home_sent);
     }
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* pairs with the one in recover.c: take_free_frames */
     if (__atomic_load_n(&home->state, __ATOMIC_RELAXED) == DM_HOST_ACTIVE) {
         leave_hint(&home->homecoming, pfn, nr);
+        DM_CRASH_POINT(home_hinted);
         DM_COUNT(h, frames_sent_home, nr);
     } else {
+        DM_CRASH_POINT(home_found_gone);
         take_back(h, to, pfn, nr);
     }
     dm_intent_end(in);
+    DM_CRASH_POINT(home_ended);
     return true;
 }
 
@@ -83,6 +90,7 @@ bool dm_take_in(struct dm_host *h, uint32_t pfn) {
                                      dm_frame_pack(0, h->id, dm_frame_seq(word)), false,
                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
         return false;
+    DM_CRASH_POINT(home_taken_in);
     DM_COUNT(h, frames_came_home, 1);
     return true;
 }

@@ -22,6 +22,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "crash.h"
 #include "device.h"
 #include "freelist.h"
 #include "layout.h"
@@ -218,7 +219,9 @@ static inline int dm_count_up(struct dm_host *h, uint32_t pfn) {
     uint64_t before = __atomic_fetch_add(&h->frames[pfn], 1, __ATOMIC_RELAXED);
     if (__builtin_expect(dm_frame_refcount(before) < DM_REFCOUNT_MAX, 1))
         return DM_OK;
+    DM_CRASH_POINT(frame_overcounted);
     __atomic_fetch_sub(&h->frames[pfn], 1, __ATOMIC_RELAXED);
+    DM_CRASH_POINT(frame_counted_down);
     return DM_ERR_TOO_MANY_REFS;
 }
 

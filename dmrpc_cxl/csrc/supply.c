@@ -82,6 +82,7 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
     int s;
     if (dm_search_home(h) && h->free.nr_free >= free_before + need)
         return DM_OK;
+    DM_CRASH_POINT(grant_wanted);
     do {
         s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
         if (h->closed)
@@ -94,6 +95,7 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
             return DM_OK; /* it was: not granted twice */
     } while (s == DM_AGAIN_LOOK);
     if (s == DM_OK) {
+        DM_CRASH_POINT(grant_received);
         dm_add_owned(h, runs, length / sizeof runs[0]);
     } else if (s == DM_ERR_COORDINATOR_REFUSED &&
                (e->wire_status == DM_WIRE_NO_FRAMES || e->wire_status == DM_WIRE_QUOTA)) {
@@ -134,6 +136,7 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
                 uint64_t *word = &h->frames[r->pfn + i];
                 __atomic_store_n(word, dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(*word)),
                                  __ATOMIC_RELEASE);
+                DM_CRASH_POINT(return_worded);
             }
             given += r->count;
             nr_runs++;
@@ -142,8 +145,10 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
             break;
         DM_COUNT(h, frames_returned, given);
         h->entry->nr_free = h->free.nr_free;
+        DM_CRASH_POINT(return_untold);
         int s = request(h, l, DM_MSG_RETURN, runs, nr_runs * (uint32_t)sizeof runs[0], NULL, 0,
                         NULL, e);
+        DM_CRASH_POINT(return_told);
         if (s)
             return s;
         if (h->closed)

@@ -81,7 +81,7 @@ static void what_one_host_frees_of_its_own_stays(void) {
 
 static void frames_stay_when_home_is_not_there(void) {
     struct dm_ref_wire w = moved(a, 5);
-    EXPECT_OK(dm_ref_accept(b, &w, &err), &err);
+    EXPECT_OK(dm_ref_accept(b, &w, false, &err), &err);
     a->entry->state = DM_HOST_DEAD;
     viewed_and_freed(b, &w);
     a->entry->state = DM_HOST_ACTIVE;

@@ -92,7 +92,8 @@ static void the_bytes_are_stale_once_another_holder_accepted(void) {
     EXPECT_EQ(dm_ref_holder(dev.refs[got.entry].state), b->id);
     expect_refused(&sent, DM_ERR_REF_CONSUMED);
     struct dm_ref_wire again = got;
-    EXPECT_OK(dm_ref_accept(b, &again, false, &err), &err); /* by who holds it already: nothing changes */
+    EXPECT_OK(dm_ref_accept(b, &again, false, &err),
+              &err); /* by who holds it already: nothing changes */
     EXPECT(!memcmp(&again, &got, sizeof got));
     dropped(b, &got);
 }
