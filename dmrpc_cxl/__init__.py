@@ -25,7 +25,7 @@ from .errors import DmError
 
 if TYPE_CHECKING:
     from ._native import Buffer, Ref
-    from .rpc import Call, CallFuture, Forwarder, Host, Server, current_call, move
+    from .rpc import Call, CallFuture, Forwarder, Host, Server, current_call, move, pass_on
 
     attach = Host.attach
 
@@ -42,6 +42,7 @@ __all__ = [
     "attach",
     "current_call",
     "move",
+    "pass_on",
 ]
 __version__ = importlib.metadata.version("dmrpc")
 

@@ -3,7 +3,7 @@
 ==================  ====================================================================================
 ``frames``          the wire protocol, without I/O
 ``marshal``         values to messages: by value or by Ref
-``ownership``       who else holds an array: move()
+``ownership``       who else holds an array: move(), pass_on()
 ``interface``       a service's methods, read off its class
 ``calls``           the call being served: deadline, cancellation, metadata
 ``channel``         one interface over rings in shared memory and TCP
@@ -23,7 +23,7 @@ from .calls import Call, current_call
 from .client import Client, Outbound
 from .forwarder import Forwarder
 from .host import Host
-from .marshal import Moved, move
+from .marshal import Moved, move, pass_on
 from .server import Server
 from .sync import CallFuture
 
@@ -38,4 +38,5 @@ __all__ = [
     "Server",
     "current_call",
     "move",
+    "pass_on",
 ]

@@ -1,0 +1,178 @@
+"""How pictures travel: a class for each way. Services and client are the same for all.
+
+A variant says four things: what of a picture stands in the request, how a service that only passes a request on does so, how the
+last service gets at the picture, and how the result goes back. An instance works for one process. Add a class to VARIANTS, and
+every program of this package knows the new variant.
+
+========  =============================================================================================
+value     the picture is in every message
+cxl       the library decides: a small picture is in the message, a large one is written into DM once
+          and given away; messages carry a Ref
+cxl-copy  the client keeps the picture in DM, and what is sent is an eager copy of it; small ones as cxl
+store     the picture is copied into an object store, which never changes it, and the message has its
+          number; small ones as value
+========  =============================================================================================
+
+In the mode "fresh" all of that happens for each picture. In "pre-shared" the client has placed the pictures before, and the last
+services have them mapped: a request says where. That is how the measurements in the paper were made.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import dmrpc_cxl
+from dmrpc_cxl.rpc.marshal import Transfer
+
+from .bmp import Bytes
+from .messages import Reply, Request
+
+Mode: TypeAlias = Literal["fresh", "pre-shared"]
+MODES: tuple[Mode, ...] = ("fresh", "pre-shared")
+
+
+class Variant(ABC):
+    """One way for pictures to travel, seen from one process."""
+
+    name: ClassVar[str]
+    about: ClassVar[str]
+    transfer: ClassVar[Transfer] = "auto"
+    """Of calls; their replies go the same way."""
+    modes: ClassVar[tuple[Mode, ...]] = ("fresh",)
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Hosts besides the seven services that have to run: hosts.py."""
+
+    def __init__(self, host: dmrpc_cxl.Host) -> None:
+        self.host = host
+
+    @abstractmethod
+    def place(self, request: Request, file: Bytes) -> Any:
+        """Put a picture into a request; what is returned is kept until take() or drop()."""
+
+    def pass_on(self, request: Request) -> Request:
+        """Make a request that was received ready to be sent on."""
+        return request
+
+    @contextmanager
+    def opened(self, request: Request) -> Iterator[Bytes]:
+        """Give the picture of a request to the one who looks at it."""
+        yield request.image
+
+    def give(self, reply: Reply, result: Bytes) -> None:
+        """Put a result into a reply."""
+        reply.result = result
+
+    def take(self, reply: Reply, kept: Any) -> Bytes:
+        """Return the result of a reply to the client, and free what was kept for the request."""
+        return reply.result
+
+    def drop(self, kept: Any) -> None:
+        """Free what was kept for a request that gave no result."""
+
+    def keep(self, handle: int, region: Bytes) -> None:
+        """Have pictures mapped for requests to come that name the handle."""
+        raise NotImplementedError(f"{self.name} has no pre-shared mode")
+
+    def forget(self, handle: int) -> None:
+        """Let go of what keep() was given."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Value(Variant):
+    """In every message."""
+
+    name = "value"
+    about = "by value"
+    transfer = "value"
+
+    def place(self, request: Request, file: Bytes) -> None:
+        """See Variant."""
+        request.image = file
+
+
+class Cxl(Variant):
+    """By reference, as the library does it by itself."""
+
+    name = "cxl"
+    about = "by reference"
+    modes = MODES
+
+    def __init__(self, host: dmrpc_cxl.Host) -> None:
+        super().__init__(host)
+        self._regions: dict[int, Bytes] = {}  # pre-shared, by handle
+
+    def place(self, request: Request, file: Bytes) -> Any:
+        """See Variant; the library copies a large picture into DM and gives that away."""
+        request.image = file
+
+    def pass_on(self, request: Request) -> Request:
+        """See Variant; the Ref that came is the Ref that goes."""
+        request.image = dmrpc_cxl.pass_on(request.image)  # type: ignore[assignment]
+        return request
+
+
+    @contextmanager
+    def opened(self, request: Request) -> Iterator[Bytes]:
+        """See Variant."""
+        if not request.handle:
+            yield request.image
+            return
+        begin, end = request.offset, request.offset + request.image_bytes
+        yield self._regions[request.handle][begin:end]
+
+    def keep(self, handle: int, region: Bytes) -> None:
+        """See Variant."""
+        self._regions[handle] = region
+
+    def forget(self, handle: int) -> None:
+        """See Variant."""
+        self._regions.pop(handle, None)
+
+    def close(self) -> None:
+        """See Variant."""
+        self._regions.clear()
+
+
+class CxlCopy(Cxl):
+    """By reference, but what is sent is copied at once."""
+
+    name = "cxl-copy"
+    about = "by reference, copied eagerly"
+    modes = ("fresh",)
+
+    def place(self, request: Request, file: Bytes) -> Any:
+        """See Variant."""
+        if file.nbytes < self.host.threshold:
+            request.image = file
+            return None
+        kept = self.host.array(file)
+        request.image = dmrpc_cxl.move(self.host.array(kept))  # type: ignore[assignment]
+        return kept
+
+
+VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, CxlCopy)}
+
+
+class Ways:
+    """Every variant, ready for use in one process, with a client for each of the services that requests are passed on to."""
+
+    def __init__(self, host: dmrpc_cxl.Host) -> None:
+        self._host = host
+        self._made: dict[str, Variant] = {}
+
+    def __getitem__(self, name: str) -> Variant:
+        """Return a variant; KeyError: there is none of that name."""
+        if name not in self._made:
+            self._made[name] = VARIANTS[name](self._host)
+        return self._made[name]
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for variant in self._made.values():
+            variant.close()
+        self._made.clear()
