@@ -13,7 +13,7 @@
 ``sync``            connections that threads share, futures
 ``link``            a service's methods, and reconnecting
 ``connection``      what all clients share; ``remote_errors``: exceptions that arrive
-``forwarder``       a load balancer that passes calls on as they are
+``forwarder``       a load balancer, or a gate, that passes calls on as they are; ``passing``: what it sees of one
 ``objects``         any picklable object in DM
 ``host``            all of it on the host
 ==================  ====================================================================================
@@ -24,6 +24,7 @@ from .client import Client, Outbound
 from .forwarder import Forwarder
 from .host import Host
 from .marshal import Moved, move, pass_on
+from .passing import Passing
 from .server import Server
 from .sync import CallFuture
 
@@ -35,6 +36,7 @@ __all__ = [
     "Host",
     "Moved",
     "Outbound",
+    "Passing",
     "Server",
     "current_call",
     "move",

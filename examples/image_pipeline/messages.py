@@ -1,4 +1,4 @@
-"""What the services say to each other: a request, its reply, and what a client is told when it gets no picture.
+"""What the services say to each other: a request, its reply, and the errors in place of one.
 
 A request has a header of a few fixed fields, and the picture. Services in between read the header. How the picture travels is
 not written here: the RPC layer puts a small one into the message and passes a large one by reference, or a variant keeps it
@@ -11,6 +11,15 @@ from enum import IntEnum
 from typing import ClassVar
 
 import msgspec
+
+from dmrpc_cxl.errors import (
+    Overloaded,
+    PeerLost,
+    RefConsumed,
+    RemoteError,
+    ServiceNotFound,
+    WrongArguments,
+)
 
 from .bmp import Bytes
 from .work import EMPTY, Op, Work
@@ -25,8 +34,8 @@ class Status(IntEnum):
     NO_WORKER = 503
 
 
-class Request(msgspec.Struct, array_like=True):
-    """A picture, and what is to be done to it."""
+class Header(msgspec.Struct, array_like=True):
+    """What services in between read of a request: its first fields, which all have a fixed meaning."""
 
     req_id: int
     op: Op
@@ -37,6 +46,11 @@ class Request(msgspec.Struct, array_like=True):
     variant: str
     """How the picture travels: variants.py."""
     image_bytes: int
+
+
+class Request(Header, array_like=True):
+    """A picture, and what is to be done to it."""
+
     image: Bytes = EMPTY
     handle: int = 0
     """Of a picture that is kept elsewhere, by a variant that does so."""
@@ -45,15 +59,14 @@ class Request(msgspec.Struct, array_like=True):
 
 
 class Reply(msgspec.Struct, array_like=True):
-    """What became of a request."""
+    """What came of a request."""
 
     req_id: int
-    status: Status
     result_bytes: int = 0
-    result: Bytes = EMPTY
-    handle: int = 0
     checksum: int = 0
-    why: str = ""
+    result: Bytes | None = None
+    handle: int = 0
+    """Of a result that is kept elsewhere."""
 
 
 class Pipeline:
@@ -63,16 +76,25 @@ class Pipeline:
         """Have a picture processed."""
         raise NotImplementedError
 
-    def keep(self, request: Request) -> Reply:
+    def keep(self, request: Request) -> None:
         """Have pictures kept by the service that op names, for requests with the same handle."""
         raise NotImplementedError
 
-    def forget(self, request: Request) -> Reply:
+    def forget(self, request: Request) -> None:
         """End that."""
         raise NotImplementedError
 
 
-# ---------------------------------------------------------------- what a client raises
+# ---------------------------------------------------------------- what goes wrong
+
+
+class Status(IntEnum):
+    """How a request ended, in one number."""
+
+    OK = 200
+    BLOCKED = 403
+    UNSUPPORTED = 415
+    NO_WORKER = 503
 
 
 class RequestFailed(Exception):
@@ -88,7 +110,7 @@ class Blocked(RequestFailed, PermissionError):
 
 
 class UnsupportedImage(RequestFailed, ValueError):
-    """This is no picture that the services understand."""
+    """This is no picture that the services understand, or no request."""
 
     status = Status.UNSUPPORTED
 
@@ -99,11 +121,17 @@ class NoWorker(RequestFailed, ConnectionError):
     status = Status.NO_WORKER
 
 
-_FAILURES = {kind.status: kind for kind in (Blocked, UnsupportedImage, NoWorker)}
+_RAISED_THERE = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (Blocked, UnsupportedImage)}
+_GONE = (PeerLost, ServiceNotFound, Overloaded, RefConsumed)
 
 
-def failure_of(reply: Reply) -> RequestFailed | None:
-    """Return what to raise for a reply; None: it has a result."""
-    if reply.status == Status.OK:
-        return None
-    return _FAILURES[reply.status](f"request {reply.req_id}: {int(reply.status)} {reply.why}")
+def failure_of(error: BaseException) -> RequestFailed | None:
+    """Return what an error of a call means to a client; None: nothing that is foreseen.
+
+    What a service raised arrives as RemoteError with the name of its type. RefConsumed: whoever had the picture died.
+    """
+    if isinstance(error, RemoteError) and error.remote_type in _RAISED_THERE:
+        return _RAISED_THERE[error.remote_type](str(error))
+    if isinstance(error, WrongArguments):
+        return UnsupportedImage(str(error))
+    return NoWorker(str(error)) if isinstance(error, _GONE) else None

@@ -1,7 +1,7 @@
 """How pictures travel: a class for each way. Services and client are the same for all.
 
-A variant says four things: what of a picture stands in the request, how a service that only passes a request on does so, how the
-last service gets at the picture, and how the result goes back. An instance works for one process. Add a class to VARIANTS, and
+A variant says three things: what of a picture stands in the request, how the last service gets at the picture, and how the result
+goes back. Services in between pass on what there is. An instance works for one process. Add a class to VARIANTS, and
 every program of this package knows the new variant.
 
 ========  =============================================================================================
@@ -51,10 +51,6 @@ class Variant(ABC):
     @abstractmethod
     def place(self, request: Request, file: Bytes) -> Any:
         """Put a picture into a request; what is returned is kept until take() or drop()."""
-
-    def pass_on(self, request: Request) -> Request:
-        """Make a request that was received ready to be sent on."""
-        return request
 
     @contextmanager
     def opened(self, request: Request) -> Iterator[Bytes]:
@@ -110,12 +106,6 @@ class Cxl(Variant):
         """See Variant; the library copies a large picture into DM and gives that away."""
         request.image = file
 
-    def pass_on(self, request: Request) -> Request:
-        """See Variant; the Ref that came is the Ref that goes."""
-        request.image = dmrpc_cxl.pass_on(request.image)  # type: ignore[assignment]
-        return request
-
-
     @contextmanager
     def opened(self, request: Request) -> Iterator[Bytes]:
         """See Variant."""
@@ -159,7 +149,7 @@ VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, C
 
 
 class Ways:
-    """Every variant, ready for use in one process, with a client for each of the services that requests are passed on to."""
+    """Every variant, ready for use in one process."""
 
     def __init__(self, host: dmrpc_cxl.Host) -> None:
         self._host = host
