@@ -26,7 +26,7 @@ from .host import Host
 from .marshal import Moved, move, pass_on
 from .passing import Passing
 from .server import Server
-from .sync import CallFuture
+from .sync import CallFuture, first_done
 
 __all__ = [
     "Call",
@@ -39,6 +39,7 @@ __all__ = [
     "Passing",
     "Server",
     "current_call",
+    "first_done",
     "move",
     "pass_on",
 ]

@@ -22,7 +22,7 @@ from dmrpc_cxl.errors import (
 )
 
 from .bmp import Bytes
-from .work import EMPTY, Op, Work
+from .work import Op, Work
 
 
 class Status(IntEnum):
@@ -51,7 +51,7 @@ class Header(msgspec.Struct, array_like=True):
 class Request(Header, array_like=True):
     """A picture, and what is to be done to it."""
 
-    image: Bytes = EMPTY
+    image: Bytes | None = None
     handle: int = 0
     """Of a picture that is kept elsewhere, by a variant that does so."""
     offset: int = 0

@@ -13,6 +13,8 @@ Transcoder and compressor are services with typed methods. They do not know how 
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
 
@@ -35,10 +37,11 @@ class Counting:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def count(self, what: str) -> None:
-        """Add one."""
+    def count(self, what: str) -> int:
+        """Add one, and return how many there are now."""
         with self._lock:
             self._counts[what] += 1
+            return self._counts[what]
 
     def counts(self) -> dict[str, int]:
         """Return all counts so far."""
@@ -95,12 +98,18 @@ class ImageProcessor(Counting):
 
 
 class Worker(Counting, Pipeline):
-    """Looks at pictures: transcodes them, or compresses them."""
+    """Looks at pictures: transcodes them, or compresses them.
 
-    def __init__(self, host: dmrpc_cxl.Host, op: Op) -> None:
+    Args:
+        op: which of the two.
+        die_at: for tests: the number of the picture with which in hand this process kills itself.
+    """
+
+    def __init__(self, host: dmrpc_cxl.Host, op: Op, die_at: int | None = None) -> None:
         super().__init__()
         self._op = op
         self._ways = Ways(host)
+        self._die_at = die_at
 
     def process(self, request: Request) -> Reply:
         """Do to a picture what was asked for.
@@ -108,12 +117,15 @@ class Worker(Counting, Pipeline):
         Raises:
             UnsupportedImage: it is none that is understood.
         """
-        self.count("pictures")
+        nr = self.count("pictures")
         way = self._ways[request.variant]
         try:
-            with way.opened(request) as file:
-                outcome = compute(self._op, request.work, file)
-                del file
+            file = way.open(request)
+            if nr == self._die_at:
+                print(f"dying with {file.nbytes} bytes in hand", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            outcome = compute(self._op, request.work, file)
+            del file
         except NotABitmap as error:
             raise UnsupportedImage(f"415 request {request.req_id}: {error}") from None
         reply = Reply(request.req_id, outcome.result.nbytes, outcome.checksum)
@@ -123,6 +135,8 @@ class Worker(Counting, Pipeline):
 
     def keep(self, request: Request) -> None:
         """See Pipeline."""
+        if request.image is None:
+            raise UnsupportedImage(f"415 request {request.req_id}: nothing to keep")
         self._ways[request.variant].keep(request.handle, request.image)
 
     def forget(self, request: Request) -> None:

@@ -20,15 +20,14 @@ services have them mapped: a request says where. That is how the measurements in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import dmrpc_cxl
 from dmrpc_cxl.rpc.marshal import Transfer
 
-from .bmp import Bytes
+from .bmp import Bytes, NotABitmap
 from .messages import Reply, Request
+from .work import EMPTY
 
 Mode: TypeAlias = Literal["fresh", "pre-shared"]
 MODES: tuple[Mode, ...] = ("fresh", "pre-shared")
@@ -47,15 +46,20 @@ class Variant(ABC):
 
     def __init__(self, host: dmrpc_cxl.Host) -> None:
         self.host = host
+        self.bytes_copied = 0
+        """In DM, by this class itself: beside what the DM layer counts."""
 
     @abstractmethod
     def place(self, request: Request, file: Bytes) -> Any:
         """Put a picture into a request; what is returned is kept until take() or drop()."""
 
-    @contextmanager
-    def opened(self, request: Request) -> Iterator[Bytes]:
-        """Give the picture of a request to the one who looks at it."""
-        yield request.image
+    def open(self, request: Request) -> Bytes:
+        """Return the picture of a request to the one who looks at it; let go of when nobody refers to it.
+
+        Raises:
+            NotABitmap: there is none, or not all of it.
+        """
+        return _there(request)
 
     def give(self, reply: Reply, result: Bytes) -> None:
         """Put a result into a reply."""
@@ -63,7 +67,7 @@ class Variant(ABC):
 
     def take(self, reply: Reply, kept: Any) -> Bytes:
         """Return the result of a reply to the client, and free what was kept for the request."""
-        return reply.result
+        return EMPTY if reply.result is None else reply.result
 
     def drop(self, kept: Any) -> None:
         """Free what was kept for a request that gave no result."""
@@ -106,14 +110,14 @@ class Cxl(Variant):
         """See Variant; the library copies a large picture into DM and gives that away."""
         request.image = file
 
-    @contextmanager
-    def opened(self, request: Request) -> Iterator[Bytes]:
+    def open(self, request: Request) -> Bytes:
         """See Variant."""
         if not request.handle:
-            yield request.image
-            return
-        begin, end = request.offset, request.offset + request.image_bytes
-        yield self._regions[request.handle][begin:end]
+            return _there(request)
+        region = self._regions.get(request.handle)
+        if region is None:
+            raise NotABitmap("no pictures are shared under that handle")
+        return region[request.offset : request.offset + request.image_bytes]
 
     def keep(self, handle: int, region: Bytes) -> None:
         """See Variant."""
@@ -141,8 +145,16 @@ class CxlCopy(Cxl):
             request.image = file
             return None
         kept = self.host.array(file)
+        self.bytes_copied += kept.nbytes
         request.image = dmrpc_cxl.move(self.host.array(kept))  # type: ignore[assignment]
         return kept
+
+
+def _there(request: Request) -> Bytes:
+    """Return the picture in a request; raise NotABitmap when there is none."""
+    if request.image is None or request.image.nbytes != request.image_bytes:
+        raise NotABitmap(f"not the {request.image_bytes} bytes that the request speaks of")
+    return request.image
 
 
 VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, CxlCopy)}
