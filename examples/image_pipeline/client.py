@@ -78,10 +78,14 @@ class Submitted:
             reply: Reply = self.future.result()
         except DmError as error:
             variant.drop(kept)
+            del kept  # or the exception's traceback would keep it
             failure = failure_of(error)
             if failure is None:
                 raise
-            raise failure from error
+            try:
+                raise failure from error
+            finally:
+                del failure  # no circle over this frame
         return reply, variant.take(reply, kept)
 
     def result(self) -> Bytes:

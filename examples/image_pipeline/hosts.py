@@ -1,7 +1,7 @@
 """The processes: which there are, for the launcher, and what each of them runs.
 
     hosts(args)     the seven hosts of a run, for dmrpc_cxl.fabric.launcher; benchmarks start the roles as they like
-    firewall, balancer, processor, worker
+    firewall, balancer, processor, worker, store
                     what a host runs: a function that gets an attached Host, arguments in sys.argv
 
 Besides its service each host has a desk, "desk-NAME": the client asks there what was counted, and the host ends when nobody
@@ -27,9 +27,12 @@ from dmrpc_cxl.fabric.place import Place
 from dmrpc_cxl.fabric.topology import HostSpec, Program
 from dmrpc_cxl.rpc.endpoint import Transport
 
+from .variants import VARIANTS
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 SECONDS = 30.0  # for the others to come up
 MAX_WINDOW = 64
+STORE_BYTES = 256 << 20
 NR_PROCESSORS = 2
 TRANSCODER, COMPRESSOR = "transcoder", "compressor"
 WORKERS = (TRANSCODER, COMPRESSOR)
@@ -51,9 +54,12 @@ def hosts(args: Sequence[str] = (), nr_processors: int = NR_PROCESSORS) -> tuple
     """
     parser = argparse.ArgumentParser(add_help=False)
     add_service_options(parser)
+    parser.add_argument("--variants", type=lambda text: text.split(","), default=[])
     options, _ = parser.parse_known_args(list(args))
     transport = ("--transport", options.transport)
     names = processors(nr_processors)
+    kinds = [VARIANTS[name] for name in options.variants if name in VARIANTS]
+    more = sorted({role for kind in kinds for role in kind.needs})
 
     def host(name: str, role: str, *words: str, module: str = "hosts") -> HostSpec:
         argv = (sys.executable, "-m", "dmrpc_cxl.fabric.call", f"examples.image_pipeline.{module}:{role}")
@@ -65,6 +71,7 @@ def hosts(args: Sequence[str] = (), nr_processors: int = NR_PROCESSORS) -> tuple
         host("balancer", "balancer", *transport, *names),
         *(host(name, "processor", *transport) for name in names),
         *(host(name, "worker", *transport) for name in WORKERS),
+        *(host(name, name, *transport) for name in more),
     )
 
 
@@ -189,9 +196,20 @@ def worker(host: dmrpc_cxl.Host) -> int:
     )
     op = Op.TRANSCODE if host.name == TRANSCODER else Op.COMPRESS
     service = Worker(host, op, die_at=options.die_at)
-    # Nothing waits in a worker but for a CPU: what comes meanwhile stays in line, as many as clients have under way.
-    with host.serve(service, name=host.name, threads=options.threads, queue=MAX_WINDOW):
+    with host.serve(service, name=host.name, threads=options.threads):
         with serving_until_left(host, lambda: Account(service.counts())):
             pass
     print(f"{service.counts().get('pictures', 0)} pictures")
+    return 0
+
+
+def store(host: dmrpc_cxl.Host) -> int:
+    """Keep objects, for the variant of that name."""
+    from .store import NAME, ObjectStore
+
+    _arguments()
+    service = ObjectStore(STORE_BYTES)
+    with host.serve(service, name=NAME, threads=2):
+        with serving_until_left(host, lambda: Account({"objects": service.nr_objects()})):
+            pass
     return 0

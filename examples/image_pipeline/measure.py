@@ -42,7 +42,7 @@ class Cost:
         self.counts: Counter[str] = Counter()
         self.cpu_ns: Counter[str] = Counter()  # by host
         self.nr_left = 0
-        """Frames in use and Refs alive after the work was done."""
+        """Frames in use and Refs alive after the work was done, as audits of the device found."""
 
     @property
     def pictures(self) -> int:
@@ -84,15 +84,17 @@ class Meter:
     """Measures in one fabric, from the client's process.
 
     Args:
-        desks: of the hosts that pass requests on, by name.
+        desks: of the hosts, by name.
     """
 
     def __init__(self, host: dmrpc_cxl.Host, desks: Mapping[str, Desk]) -> None:
         self._host = host
         self._desks = dict(desks)
         with device.open(host.fabric, writable=False) as opened:
-            self._pids = {entry["name"]: int(entry["pid"]) for entry in opened.hosts()}
-            self._pids["coordinator"] = int(opened.superblock["coordinator_pid"])
+            pids = {entry["name"]: int(entry["pid"]) for entry in opened.hosts()}
+            pids["coordinator"] = int(opened.superblock["coordinator_pid"])
+        first = [name for name in (host.name, *self._desks) if name in pids]
+        self._pids = {name: pids[name] for name in (*first, *sorted(pids.keys() - {*first}))}
 
     @property
     def hosts(self) -> list[str]:
@@ -101,11 +103,7 @@ class Meter:
 
     @contextlib.contextmanager
     def measuring(self, cost: Cost, client: Client) -> Iterator[None]:
-        """Add what happens in the block to a cost; nothing else may be under way.
-
-        Raises:
-            Wrong: something is still held in DM when all is over.
-        """
+        """Add what happens in the block to a cost; nothing else may be under way."""
         before, cpu = self._counts(client), self._cpu_ns()
         yield
         time.sleep(SETTLE_SECONDS)
@@ -115,8 +113,8 @@ class Meter:
         cost.counts.update(after)
         cost.cpu_ns.update(after_cpu)
 
-    def check_drained(self) -> None:
-        """Check that no frame is in use and no Ref alive, now that no request is under way.
+    def check_drained(self) -> int:
+        """Check that no frame is in use and no Ref alive, now that no request is under way; return how many are.
 
         Raises:
             Wrong: some are, and stay so.
@@ -126,8 +124,10 @@ class Meter:
             with device.open(self._host.fabric, writable=False) as opened:
                 audit = opened.audit()
             held = {what: audit[what] for what in ("in_use", "live_refs", "nr_violations")}
+            if "store" in self._desks:
+                held["objects"] = self._desks["store"].account().counts["objects"]
             if not any(held.values()):
-                return
+                return int(sum(held.values()))
             if time.monotonic() > give_up:
                 raise Wrong(f"nothing is under way, and yet: {held}")
             time.sleep(SETTLE_SECONDS)

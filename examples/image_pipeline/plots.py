@@ -37,17 +37,17 @@ def colour_of(name: str) -> str:
 
 
 def _axes(width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _svg(figure: Figure) -> bytes:
-    with mpl.rc_context(_STYLE), io.BytesIO() as written:
+    with io.BytesIO() as written:
         figure.savefig(written, format="svg", metadata={"Date": None})
         return written.getvalue()
 
 
+@mpl.rc_context(_STYLE)
 def latencies(costs: Mapping[str, Cost]) -> bytes:
     """Draw which share of the requests ended within which time."""
     figure, axes = _axes()
@@ -60,6 +60,7 @@ def latencies(costs: Mapping[str, Cost]) -> bytes:
     return _svg(figure)
 
 
+@mpl.rc_context(_STYLE)
 def cpu(costs: Mapping[str, Cost]) -> bytes:
     """Draw the CPU time for a picture, a bar for each variant, divided by process."""
     figure, axes = _axes(height=1.2 + 0.55 * len(costs))
@@ -74,6 +75,7 @@ def cpu(costs: Mapping[str, Cost]) -> bytes:
     return _svg(figure)
 
 
+@mpl.rc_context(_STYLE)
 def throughput(sizes: Mapping[str, Mapping[int, Cost]]) -> bytes:
     """Draw the throughput against the size of the pictures."""
     figure, axes = _axes()
@@ -88,6 +90,7 @@ def throughput(sizes: Mapping[str, Mapping[int, Cost]]) -> bytes:
     return _svg(figure)
 
 
+@mpl.rc_context(_STYLE)
 def works(series: Mapping[str, Mapping[Work, Cost]]) -> bytes:
     """Draw the rate for each amount of work."""
     figure, axes = _axes()
@@ -100,6 +103,6 @@ def works(series: Mapping[str, Mapping[Work, Cost]]) -> bytes:
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
     axes.set_xticks(range(len(names)), names)
     axes.grid(visible=False, axis="x")
-    axes.set(ylabel="pictures per second", yscale="log")
-    axes.legend(loc="upper right")
+    axes.set(ylabel="pictures per second")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.02), ncols=len(series))
     return _svg(figure)

@@ -124,8 +124,11 @@ class Worker(Counting, Pipeline):
             if nr == self._die_at:
                 print(f"dying with {file.nbytes} bytes in hand", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
-            outcome = compute(self._op, request.work, file)
-            del file
+            try:
+                outcome = compute(self._op, request.work, file)
+            finally:
+                del file
+                way.done(request)
         except NotABitmap as error:
             raise UnsupportedImage(f"415 request {request.req_id}: {error}") from None
         reply = Reply(request.req_id, outcome.result.nbytes, outcome.checksum)

@@ -54,12 +54,13 @@ class Session:
         self.options = options
         self._random = random.Random(options.seed)
         names = ["firewall", "balancer", *processors(options.processors), *WORKERS]
+        names += sorted({role for name in options.variants for role in VARIANTS[name].needs})
         wait_for(host, *(f"desk-{name}" for name in names))
         desks: dict[str, Any] = {
             name: host.connect(f"desk-{name}", Desk, timeout=None) for name in names
         }
         self._attending = [desk.future.attend() for desk in desks.values()]
-        self.meter = Meter(host, {name: desks[name] for name in names if name not in WORKERS})
+        self.meter = Meter(host, desks)
         self.clients = {
             name: Client(
                 host,
@@ -88,7 +89,7 @@ class Session:
         with self.meter.measuring(cost, client):
             tally = client.run(files, window=self.options.window, **how)
         cost.tally.add(tally)
-        self.meter.check_drained()
+        cost.nr_left += self.meter.check_drained()
 
     def in_turn(self) -> list[str]:
         """Return the variants in an order that is drawn."""

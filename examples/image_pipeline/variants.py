@@ -19,12 +19,14 @@ services have them mapped: a request says where. That is how the measurements in
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import dmrpc_cxl
 from dmrpc_cxl.rpc.marshal import Transfer
 
+from . import store
 from .bmp import Bytes, NotABitmap
 from .messages import Reply, Request
 from .work import EMPTY
@@ -60,6 +62,9 @@ class Variant(ABC):
             NotABitmap: there is none, or not all of it.
         """
         return _there(request)
+
+    def done(self, request: Request) -> None:
+        """Say that the picture of a request, which was opened, is not looked at any more."""
 
     def give(self, reply: Reply, result: Bytes) -> None:
         """Put a result into a reply."""
@@ -150,6 +155,76 @@ class CxlCopy(Cxl):
         return kept
 
 
+class Store(Variant):
+    """Through an object store."""
+
+    name = "store"
+    about = "object store"
+    transfer = "value"
+    needs = (store.NAME,)
+
+    def __init__(self, host: dmrpc_cxl.Host) -> None:
+        super().__init__(host)
+        self._connected: store.Objects | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def _objects(self) -> store.Objects:
+        with self._lock:
+            if self._connected is None:
+                self._connected = store.Objects(self.host)
+            return self._connected
+
+    def place(self, request: Request, file: Bytes) -> int:
+        """See Variant."""
+        if file.nbytes < self.host.threshold:
+            request.image = file
+        else:
+            request.handle = self._objects.put(file)
+        return request.handle
+
+    def open(self, request: Request) -> Bytes:
+        """See Variant."""
+        if not request.handle:
+            return _there(request)
+        try:
+            return self._objects.look(request.handle)
+        except LookupError as error:
+            raise NotABitmap(str(error)) from None
+
+    def done(self, request: Request) -> None:
+        """See Variant."""
+        if request.handle:
+            self._objects.release(request.handle)
+
+    def give(self, reply: Reply, result: Bytes) -> None:
+        """See Variant."""
+        if result.nbytes < self.host.threshold:
+            reply.result = result
+        else:
+            reply.handle = self._objects.put(result)
+
+    def take(self, reply: Reply, kept: int) -> Bytes:
+        """See Variant."""
+        self.drop(kept)
+        if not reply.handle:
+            return super().take(reply, None)
+        result = self._objects.look(reply.handle).copy()
+        self._objects.release(reply.handle)
+        self._objects.delete(reply.handle)
+        return result
+
+    def drop(self, kept: int) -> None:
+        """See Variant."""
+        if kept:
+            self._objects.delete(kept)
+
+    def close(self) -> None:
+        """See Variant."""
+        if self._connected is not None:
+            self._connected.close()
+
+
 def _there(request: Request) -> Bytes:
     """Return the picture in a request; raise NotABitmap when there is none."""
     if request.image is None or request.image.nbytes != request.image_bytes:
@@ -157,7 +232,7 @@ def _there(request: Request) -> Bytes:
     return request.image
 
 
-VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, CxlCopy)}
+VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, CxlCopy, Store)}
 
 
 class Ways:
