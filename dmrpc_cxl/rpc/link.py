@@ -226,7 +226,7 @@ class Link:
     def _end_of(self, connection: SyncConnection, why: PeerLost) -> None:
         """Context: _lock held."""
         connection.close(why)
-        self._past_traffic = _sum(self._past_traffic, connection.channel.traffic())
+        self._past_traffic = _sum(self._past_traffic, connection.traffic())
 
     def traffic(self) -> tuple[int, int]:
         """Return the bytes sent and received over all connections for synchronous calls so far."""
@@ -234,7 +234,7 @@ class Link:
             total = self._past_traffic
             for connection in (*self._parted, self.connection):
                 if connection is not None:
-                    total = _sum(total, connection.channel.traffic())
+                    total = _sum(total, connection.traffic())
             return total
 
     def _connect(self, deadline: float | None) -> SyncConnection:

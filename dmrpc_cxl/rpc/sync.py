@@ -54,6 +54,12 @@ class SyncConnection(Connection):
         self.read_lock = threading.Lock()
         self.turn = threading.Condition()  # for threads that wait while another one reads
         self.nr_followers = 0
+        self._shaken = channel.traffic()  # what the handshake took
+
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes sent and received in messages."""
+        (sent, received), (first_sent, first_received) = self.channel.traffic(), self._shaken
+        return sent - first_sent, received - first_received
 
     def send_short(self, frame: bytes) -> None:
         """See Connection. Never waits: not for another thread that sends, nor for the server to read.
