@@ -14,7 +14,7 @@ picture is copied at every step; by reference it is written once, and read once.
     messages.py, users.py               what the services say to each other, and who may
     variants.py, store.py               how pictures travel: a class for each way
     services.py                         what each service does
-    hosts.py                            the processes, for the launcher
+    roles.py, hosts.py                  starting services, in any process; the processes, for the launcher
     client.py                           sending pictures, one by one or in a loop, and checking results
     session.py, measure.py              the main job: variants in turn, and what each has taken
     report.py, plots.py, report.html    what it shows in the end

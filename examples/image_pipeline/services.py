@@ -1,4 +1,4 @@
-"""The services. Each is an ordinary class; hosts.py has each served by a process of its own.
+"""The services. Each is an ordinary class; roles.py starts it, in a process of its own.
 
               ┌▶ processor-1 ┐ ┌▶ transcoder
     firewall ─▶ balancer     ├─┤

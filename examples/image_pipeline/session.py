@@ -26,24 +26,17 @@ from dmrpc_cxl.errors import DmError
 
 from .bmp import Bytes
 from .client import Client, Wrong
-from .hosts import (
-    CHECKOUT,
-    MAX_WINDOW,
-    NR_PROCESSORS,
-    WORKERS,
-    Desk,
-    add_service_options,
-    processors,
-    wait_for,
-)
+from .hosts import CHECKOUT, Desk, add_service_options, wait_for
 from .measure import Cost, Meter
 from .messages import RequestFailed
 from .photographs import NR_PICTURES, PHOTOGRAPHS, SIZES, Picture, pictures, size_named
+from .roles import service_names
 from .variants import VARIANTS
 from .work import WORKS, Op, Work
 
 SWEPT_SIZES = tuple(nominal for nominal in SIZES if nominal.bit_length() % 2)  # 4K, 16K, ... 4M
 SWEEP_PICTURES = 14
+MAX_WINDOW = 64
 BLOCK = 28  # pictures of one variant in a row
 
 
@@ -53,8 +46,7 @@ class Session:
     def __init__(self, host: dmrpc_cxl.Host, options: argparse.Namespace) -> None:
         self.options = options
         self._random = random.Random(options.seed)
-        names = ["firewall", "balancer", *processors(options.processors), *WORKERS]
-        names += sorted({role for name in options.variants for role in VARIANTS[name].needs})
+        names = service_names(options.processors, tuple(options.variants))[::-1]
         wait_for(host, *(f"desk-{name}" for name in names))
         desks: dict[str, Any] = {
             name: host.connect(f"desk-{name}", Desk, timeout=None) for name in names
@@ -200,7 +192,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, metavar="N", help="of all that is drawn  [default: 1]")
     add("--out", type=Path, default=CHECKOUT / "build" / "image-pipeline", metavar="FOLDER",
         help="for the report  [default: build/image-pipeline]")  # fmt: skip
-    add("--processors", type=int, default=NR_PROCESSORS, help=argparse.SUPPRESS)  # told by hosts.py
     add_service_options(parser)
     return parser
 
