@@ -58,8 +58,8 @@ def hosts(args: Sequence[str] = (), nr_processors: int = NR_PROCESSORS) -> tuple
 
     return (
         host("client", "session:main", *args, *told[2:]),
-        *(host(name, "hosts:serve", *told) for name in reversed(service_names(nr_processors, variants))),
-    )  # fmt: skip
+        *(host(name, "hosts:serve", *told) for name in service_names(nr_processors, variants)),
+    )
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:

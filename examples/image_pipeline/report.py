@@ -73,7 +73,7 @@ def rows(costs: Mapping[str, Cost]) -> list[Row]:
     found += [Row(what, _count(what)) for what in (THROUGH_TRANSPORTS, *FROM_DEVICE)]
     found.append(Row("CPU time, all processes", _cpu()))
     found += [Row(f"  {name}", _cpu(name)) for name in hosts]
-    found.append(Row("frames in use, Refs alive afterwards", lambda cost: f"{cost.nr_left}"))
+    found.append(Row("frames and Refs left behind", lambda cost: f"{cost.nr_left}"))
     return found
 
 
@@ -89,10 +89,13 @@ def show(options: argparse.Namespace, costs: Mapping[str, Cost]) -> None:
     """Print the table."""
     table = Table("", title=title(options), title_justify="left")
     for name in costs:
-        table.add_column(f"{name} ({VARIANTS[name].about})", justify="right")
+        table.add_column(name, justify="right")
     for row in rows(costs):
         table.add_row(row.name, *(row.text(cost) for cost in costs.values()))
-    Console(width=WIDTH).print(table)
+    console = Console(width=WIDTH)
+    console.print(table)
+    for name in costs:
+        console.print(f"{name}: {VARIANTS[name].about}", highlight=False)
 
 
 # ---------------------------------------------------------------- the page

@@ -1,6 +1,6 @@
 """Starting each service in the process that asks for it. hosts.py does so for the launcher; tests and benchmarks as they like.
 
-    for name in service_names():                # in an order in which each finds those behind it
+    for name in reversed(service_names()):      # so each finds those that it calls
         running[name] = start(host_of[name], name, transport="tcp")
     ...
     running[name].stop()
@@ -70,9 +70,9 @@ def processor_names(number: int = NR_PROCESSORS) -> tuple[str, ...]:
 def service_names(
     nr_processors: int = NR_PROCESSORS, variants: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Return the names of all services, each behind those that it calls, with those that the variants need besides."""
+    """Return the names of all services, each before those that it calls, with those that the variants need besides."""
     more = sorted({name for variant in variants for name in VARIANTS[variant].needs})
-    return (*more, *WORKERS, *processor_names(nr_processors), BALANCER, FIREWALL)
+    return (FIREWALL, BALANCER, *processor_names(nr_processors), *WORKERS, *more)
 
 
 def called_by(name: str, nr_processors: int = NR_PROCESSORS) -> tuple[str, ...]:

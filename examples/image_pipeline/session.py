@@ -46,7 +46,7 @@ class Session:
     def __init__(self, host: dmrpc_cxl.Host, options: argparse.Namespace) -> None:
         self.options = options
         self._random = random.Random(options.seed)
-        names = service_names(options.processors, tuple(options.variants))[::-1]
+        names = service_names(options.processors, tuple(options.variants))
         wait_for(host, *(f"desk-{name}" for name in names))
         desks: dict[str, Any] = {
             name: host.connect(f"desk-{name}", Desk, timeout=None) for name in names

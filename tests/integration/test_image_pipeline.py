@@ -24,7 +24,7 @@ from examples.image_pipeline.work import WORKS, Op, compute
 from tests.fabrics import At, Fabric, HostProcess
 from tests.standing import Standing, until
 
-NAMES = roles.service_names(variants=tuple(VARIANTS))
+NAMES = roles.service_names(variants=tuple(VARIANTS))[::-1]
 THRESHOLD = 32 << 10
 SMALL, LARGE = 4 << 10, 256 << 10  # by value for all variants, by reference for most
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
