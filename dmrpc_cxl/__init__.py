@@ -25,7 +25,17 @@ from .errors import DmError
 
 if TYPE_CHECKING:
     from ._native import Buffer, Ref
-    from .rpc import Call, CallFuture, Forwarder, Host, Server, current_call, first_done, move, pass_on
+    from .rpc import (
+        Call,
+        CallFuture,
+        Forwarder,
+        Host,
+        Server,
+        current_call,
+        first_done,
+        move,
+        pass_on,
+    )
 
     attach = Host.attach
 

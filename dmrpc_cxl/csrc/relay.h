@@ -170,8 +170,8 @@ struct dm_relay {
     struct dm_peer **backends;
     uint32_t nr_backends, turn;
     enum dm_relay_policy policy;
-    bool asks;               /* the caller decides about every call */
-    struct dm_peer *asked;   /* whose call waits for that; its frame is the stream's until then */
+    bool asks;             /* the caller decides about every call */
+    struct dm_peer *asked; /* whose call waits for that; its frame is the stream's until then */
     char *asked_frame;
     struct dm_frame asked_header;
     struct dm_node ready, dirty, events;

@@ -392,13 +392,13 @@ class Forwarder:
         """Ask where a call is to go, and send it there, or back."""
         assert self._route is not None
         assert self._welcome is not None
-        number, *rest = self._relay.call()
+        number, flags, left_us, meta, body = self._relay.call()
         methods = self._welcome.methods
         try:
             if number >= len(methods):
                 name = None  # the backend says that it has no such method
             else:
-                name = self._route(Passing(methods[number].name, *rest))
+                name = self._route(Passing(methods[number].name, flags, left_us, meta, body))
             if name is None:
                 self._relay.pass_on()
                 return

@@ -58,7 +58,7 @@ def read_header(file: Bytes) -> Header:
     if file.nbytes < HEADER_BYTES:
         raise NotABitmap(f"{file.nbytes} bytes: not even the headers of a bitmap")
     magic, size, _, _, begin, info, width, height, _, bits, compression, *_ = _HEADERS.unpack_from(
-        file
+        file.data
     )
     if (magic, begin, info, bits, compression) != (
         b"BM",

@@ -25,15 +25,6 @@ from .bmp import Bytes
 from .work import Op, Work
 
 
-class Status(IntEnum):
-    """How a request ended."""
-
-    OK = 200
-    BLOCKED = 403
-    UNSUPPORTED = 415
-    NO_WORKER = 503
-
-
 class Header(msgspec.Struct, array_like=True):
     """What services in between read of a request: its first fields, which all have a fixed meaning."""
 
@@ -121,7 +112,9 @@ class NoWorker(RequestFailed, ConnectionError):
     status = Status.NO_WORKER
 
 
-_RAISED_THERE = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (Blocked, UnsupportedImage)}
+_RAISED_THERE = {
+    f"{kind.__module__}.{kind.__qualname__}": kind for kind in (Blocked, UnsupportedImage)
+}
 _GONE = (PeerLost, ServiceNotFound, Overloaded, RefConsumed)
 
 

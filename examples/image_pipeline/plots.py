@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +20,7 @@ _OTHERS = ("#2f9e44", "#7048e8", "#c2255c", "#0c8599")
 _HOSTS = (
     "#495057", "#1971c2", "#4dabf7", "#12b886", "#63e6be", "#f59f00", "#e8590c", "#c2255c", "#862e9c",
 )  # fmt: skip
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -126,4 +126,6 @@ def start(
         return Running(
             host.serve(store, name=name, threads=2), lambda: {"objects": store.nr_objects()}
         )
-    raise ValueError(f"no service {name!r}: one of {', '.join(service_names(variants=tuple(VARIANTS)))}")
+    raise ValueError(
+        f"no service {name!r}: one of {', '.join(service_names(variants=tuple(VARIANTS)))}"
+    )

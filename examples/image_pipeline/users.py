@@ -39,9 +39,7 @@ class UserTable:
             KeyError: there is no such user.
         """
         signed = _SIGNED.pack(user_id, req_id)
-        return hashlib.blake2b(
-            signed, key=self._keys[user_id], digest_size=TOKEN_BYTES
-        ).hexdigest()
+        return hashlib.blake2b(signed, key=self._keys[user_id], digest_size=TOKEN_BYTES).hexdigest()
 
     def admits(self, user_id: int, req_id: int, token: str) -> bool:
         """Tell whether that user is known and made that token for that request."""

@@ -63,7 +63,7 @@ class Variant(ABC):
         """
         return _there(request)
 
-    def done(self, request: Request) -> None:
+    def done(self, request: Request) -> None:  # noqa: B027 - nothing, unless a variant has something to do
         """Say that the picture of a request, which was opened, is not looked at any more."""
 
     def give(self, reply: Reply, result: Bytes) -> None:
@@ -74,17 +74,17 @@ class Variant(ABC):
         """Return the result of a reply to the client, and free what was kept for the request."""
         return EMPTY if reply.result is None else reply.result
 
-    def drop(self, kept: Any) -> None:
+    def drop(self, kept: Any) -> None:  # noqa: B027 - nothing, unless a variant has something to do
         """Free what was kept for a request that gave no result."""
 
     def keep(self, handle: int, region: Bytes) -> None:
         """Have pictures mapped for requests to come that name the handle."""
         raise NotImplementedError(f"{self.name} has no pre-shared mode")
 
-    def forget(self, handle: int) -> None:
+    def forget(self, handle: int) -> None:  # noqa: B027 - nothing, unless a variant has something to do
         """Let go of what keep() was given."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing, unless a variant has something to do
         """Let go of everything."""
 
 

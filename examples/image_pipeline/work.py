@@ -20,7 +20,7 @@ import io
 import zlib
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def _jpeg(file: Bytes, divisor: int) -> Outcome:
     from PIL import Image  # not needed by those who do not ask for it
 
     header = bmp.read_header(file)
-    pixels = file[bmp.HEADER_BYTES :].data
+    pixels: Any = file[bmp.HEADER_BYTES :].data
     size = (header.width, header.height)
     image = Image.frombuffer("RGB", size, pixels, "raw", "BGR", header.row_bytes, -1)
     if divisor > 1:

@@ -14,7 +14,7 @@ import pytest
 
 import dmrpc_cxl
 from dmrpc_cxl.errors import PeerLost, WrongArguments
-from examples.image_pipeline import bmp, messages, roles
+from examples.image_pipeline import bmp, roles
 from examples.image_pipeline.client import Client, Wrong
 from examples.image_pipeline.messages import Blocked, NoWorker, Pipeline, Request, UnsupportedImage
 from examples.image_pipeline.photographs import pictures
@@ -167,7 +167,7 @@ def test_a_loop_counts_what_it_did_and_gives_everything_back(
         assert len(tally.latencies_ns) == 40
         assert tally.bytes_in == 4 * sum(file.nbytes for file in both)
         assert tally.bytes_out == 4 * sum(bmp.scale_down(file).nbytes for file in both)
-        assert 0 < tally.seconds
+        assert tally.seconds > 0
         drained(stage)
 
 
@@ -190,7 +190,7 @@ def test_a_wrong_result_does_not_go_unnoticed(
             "examples.image_pipeline.client.compute",
             lambda op, work, file: compute(op, work, _other(file)),
         )
-        with pytest.raises(Wrong, match="instead of|not those expected"):
+        with pytest.raises(Wrong, match=r"instead of|not those expected"):
             stage.client().run(files[LARGE], count=3, work=work, check_every=1)
         monkeypatch.undo()
     drained(stage)
@@ -228,7 +228,7 @@ def test_a_blocked_request_is_a_permission_error_with_its_status(
     with pytest.raises(Blocked, match="403") as caught:
         client.submit(Op.TRANSCODE, files[LARGE][0], forged=True).result()
     assert isinstance(caught.value, PermissionError)
-    assert caught.value.status == messages.Status.BLOCKED == 403
+    assert caught.value.status == 403
     drained(stage)  # though the exception is still held, with its traceback
 
 
@@ -242,7 +242,12 @@ def test_unknown_users_and_tokens_of_other_requests_are_blocked(stage: Stage) ->
 
 def test_what_is_no_request_is_refused_before_it_goes_anywhere(stage: Stage) -> None:
     pipeline = stage.host.connect("firewall", transport=stage.transport)
-    for nonsense in (5, [1, 2], [77, 9, "scale", 1, "t", "cxl", 1], [77, 1, "all", 1, "t", "cxl", 1]):
+    for nonsense in (
+        5,
+        [1, 2],
+        [77, 9, "scale", 1, "t", "cxl", 1],
+        [77, 1, "all", 1, "t", "cxl", 1],
+    ):
         with pytest.raises(WrongArguments):
             pipeline.process(nonsense)
     assert stage.account("firewall") == {}
@@ -284,7 +289,12 @@ def counters(at: At) -> dict[str, int]:
 
 def test_headers_that_make_no_sense_are_unsupported(stage: Stage) -> None:
     pipeline = stage.raw()
-    for wrong in ({"variant": "pigeon"}, {"image_bytes": 0}, {"image_bytes": -1}, {"image_bytes": 1 << 60}):
+    for wrong in (
+        {"variant": "pigeon"},
+        {"image_bytes": 0},
+        {"image_bytes": -1},
+        {"image_bytes": 1 << 60},
+    ):
         with pytest.raises(ValueError, match="415"):
             pipeline.process(stage.signed(**wrong))
     refused = [stage.account(f"processor-{place}")["refused"] for place in (1, 2)]
@@ -346,8 +356,7 @@ def _outcome(submitted: Any) -> str:
     try:
         submitted.result()
     except NoWorker as error:
-        assert isinstance(error.__cause__, (PeerLost, ValueError))
-        return "NoWorker"
+        return "NoWorker" if isinstance(error.__cause__, (PeerLost, ValueError)) else repr(error)
     return "done"
 
 

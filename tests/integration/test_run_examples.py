@@ -32,7 +32,18 @@ def row_of(run: Run, name: str) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------- the image pipeline
 
-FEW = ("--pictures", "30", "--size", "256K", "--rounds", "0", "--check-every", "3", "--bad-share", "0.2")
+FEW = (
+    "--pictures",
+    "30",
+    "--size",
+    "256K",
+    "--rounds",
+    "0",
+    "--check-every",
+    "3",
+    "--bad-share",
+    "0.2",
+)
 ROOM = ("--size", "64M")
 
 
@@ -103,7 +114,9 @@ def test_by_value_pictures_are_sent_four_times_and_by_reference_not_at_all(start
 def test_the_report_is_a_page_that_needs_nothing_else(start, tmp_path):
     from PIL import Image
 
-    run = start(*ROOM, "--", *FEW, "--rounds", "1", "--block-seconds", "0.02", "--out", str(tmp_path))
+    run = start(
+        *ROOM, "--", *FEW, "--rounds", "1", "--block-seconds", "0.02", "--out", str(tmp_path)
+    )
     assert run.end() == 0, run.output
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))

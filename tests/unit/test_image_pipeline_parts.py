@@ -117,7 +117,18 @@ def test_scaling_down_is_what_it_is_pixel_by_pixel(width: int, height: int, scal
     assert bmp.scale_down(file, scale).tobytes() == scaled_pixel_by_pixel(file.tobytes(), scale)
 
 
-SCALED = {4: 102, 8: 114, 16: 214, 32: 362, 64: 694, 128: 1374, 256: 2742, 512: 5274, 1024: 10550, 2048: 20934}
+SCALED = {
+    4: 102,
+    8: 114,
+    16: 214,
+    32: 362,
+    64: 694,
+    128: 1374,
+    256: 2742,
+    512: 5274,
+    1024: 10550,
+    2048: 20934,
+}
 
 
 @pytest.mark.parametrize("kib", SCALED)
@@ -156,9 +167,7 @@ def test_compressed_pictures_are_the_same_again() -> None:
 
 def test_a_picture_that_is_really_transcoded_is_half_as_wide() -> None:
     [picture] = photographs.pictures(64 << 10, 1)
-    real = Image.open(
-        io.BytesIO(compute(Op.TRANSCODE, "real", picture.file).result.tobytes())
-    )
+    real = Image.open(io.BytesIO(compute(Op.TRANSCODE, "real", picture.file).result.tobytes()))
     assert real.format == "JPEG"
     whole = Image.fromarray(np.ascontiguousarray(bmp.to_pixels(picture.file)))
     half = np.asarray(whole.resize(real.size, Image.Resampling.BILINEAR)).astype(int)
