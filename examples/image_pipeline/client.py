@@ -165,7 +165,7 @@ class Client:
         if not 0 <= bad_share < 1:
             raise ValueError(f"a share of {bad_share} of bad requests")
         self.variant: Variant = kind(host)
-        self._mode = mode
+        self.mode: Mode = mode
         self._users = UserTable.of_fabric(host.secret)
         self._user_id = user_id
         self._bad_share = bad_share
@@ -197,8 +197,7 @@ class Client:
 
     def close(self) -> None:
         """End the connection, and what share() began."""
-        if self._handle:
-            self._unshare()
+        self.unshare()
         self.variant.close()
         self._client.close()
 
@@ -222,7 +221,7 @@ class Client:
         began = time.perf_counter_ns()
         request = self._request(op, work, file.nbytes, forged=forged)
         kept = None
-        if self._mode == "pre-shared":
+        if self.mode == "pre-shared":
             request.handle, request.offset = self._handle, self._shared[id(file)]
         else:
             kept = self.variant.place(request, file)
@@ -320,23 +319,28 @@ class Client:
         Raises:
             ValueError: another mode, or pictures are shared already.
         """
-        if self._mode != "pre-shared" or self._handle:
-            raise ValueError("share: once, in the mode 'pre-shared'")
-        offsets, size = [], 0
+        if self.mode != "pre-shared" or self._handle:
+            raise ValueError("share: in the mode 'pre-shared', after unshare()")
+        offsets: dict[int, int] = {}
+        size = 0
         for file in files:
-            offsets.append(size)
-            size += -(-file.nbytes // ALIGNMENT) * ALIGNMENT
+            if id(file) not in offsets:
+                offsets[id(file)] = size
+                size += -(-file.nbytes // ALIGNMENT) * ALIGNMENT
         region = self._host.zeros(size, np.uint8)
-        for offset, file in zip(offsets, files, strict=True):
-            region[offset : offset + file.nbytes] = file
+        for file in files:
+            region[offsets[id(file)] :][: file.nbytes] = file
         self._handle = self._random.getrandbits(62) | 1
         for op in _OPS:
             request = self._request(op, "none", size)
             request.image, request.handle = region, self._handle
             self._client.keep(request)
-        self._shared = {id(file): offset for file, offset in zip(files, offsets, strict=True)}
+        self._shared = offsets
 
-    def _unshare(self) -> None:
+    def unshare(self) -> None:
+        """End what share() began, if it did."""
+        if not self._handle:
+            return
         handle, self._handle = self._handle, 0
         self._shared = {}
         for op in _OPS:

@@ -80,7 +80,7 @@ def rows(costs: Mapping[str, Cost]) -> list[Row]:
 def title(options: argparse.Namespace) -> str:
     """Say what was compared."""
     return (
-        f"{name_of(options.size)}B bitmaps, work: {options.work}, {options.window} requests under way, "
+        f"{name_of(options.size)}B bitmaps, {options.mode}, work: {options.work}, {options.window} requests under way, "
         f"transport: {options.transport}; counts and times are for each picture"
     )
 

@@ -31,7 +31,7 @@ from .measure import Cost, Meter
 from .messages import RequestFailed
 from .photographs import NR_PICTURES, PHOTOGRAPHS, SIZES, Picture, pictures, size_named
 from .roles import service_names
-from .variants import VARIANTS
+from .variants import MODES, VARIANTS
 from .work import WORKS, Op, Work
 
 SWEPT_SIZES = tuple(nominal for nominal in SIZES if nominal.bit_length() % 2)  # 4K, 16K, ... 4M
@@ -57,6 +57,7 @@ class Session:
             name: Client(
                 host,
                 variant=name,
+                mode=options.mode if options.mode in VARIANTS[name].modes else "fresh",
                 transport=options.transport,
                 bad_share=options.bad_share,
                 seed=options.seed,
@@ -78,8 +79,11 @@ class Session:
             Wrong, RequestFailed, DmError: at the first that fails.
         """
         client = self.clients[name]
+        if client.mode == "pre-shared":
+            client.share(files)
         with self.meter.measuring(cost, client):
             tally = client.run(files, window=self.options.window, **how)
+        client.unshare()
         cost.tally.add(tally)
         cost.nr_left += self.meter.check_drained()
 
@@ -143,10 +147,14 @@ def sweep_works(session: Session, progress: Progress) -> dict[str, dict[Work, Co
 def gallery(session: Session) -> list[tuple[Picture, Bytes, Bytes]]:
     """Have every photograph transcoded and compressed for real, to look at."""
     client = list(session.clients.values())[-1]
+    chosen = list(pictures(256 << 10, len(PHOTOGRAPHS)))
+    if client.mode == "pre-shared":
+        client.share([picture.file for picture in chosen])
     found = []
-    for picture in pictures(256 << 10, len(PHOTOGRAPHS)):
+    for picture in chosen:
         both = [client.submit(op, picture.file, "real").result().copy() for op in Op]
         found.append((picture, both[0], both[1]))
+    client.unshare()
     session.meter.check_drained()
     return found
 
@@ -176,6 +184,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--variants", type=_variants, default=["value", "cxl"], metavar="NAME,...",
         help=f"some of {', '.join(VARIANTS)}  [default: value,cxl]")  # fmt: skip
+    add("--mode", choices=MODES, default="fresh",
+        help="of variants that have it; pre-shared: placed and mapped before  [default: fresh]")  # fmt: skip
     add("--pictures", type=int, default=5 * NR_PICTURES, metavar="N",
         help=f"for each variant in the comparison  [default: {5 * NR_PICTURES}]")  # fmt: skip
     add("--size", type=_size, default=1 << 20, metavar="SIZE",

@@ -376,6 +376,11 @@ def test_pre_shared_pictures_are_placed_once_and_read_where_they_are(
     assert stage.host.stats()["bytes_referenced"] == before
     with pytest.raises(KeyError):
         client.submit(Op.TRANSCODE, files[SMALL][0].copy())
+    client.unshare()
+    drained(stage)
+    client.share(files[SMALL] * 2)  # again, and each of them once
+    assert stage.fabric.audit()["in_use"] == 2 * len(files[SMALL])
+    assert client.run(files[SMALL], count=5, check_every=1).nr_checked == 5
     client.close()
     drained(stage)
 

@@ -136,6 +136,13 @@ def test_the_report_is_a_page_that_needs_nothing_else(start, tmp_path):
             Image.open(io.BytesIO(data)).load()
 
 
+def test_pre_shared_pictures_are_placed_before_and_not_again(start, tmp_path):
+    run = start(*ROOM, "--", *FEW, "--mode", "pre-shared", "--out", str(tmp_path))
+    assert run.end() == 0, run.output
+    assert in_bytes(row_of(run, "bytes placed in DM")[1]) == 0
+    assert row_of(run, "frames and Refs left behind") == ("0", "0")
+
+
 def test_more_hosts_are_more_image_processors(start, tmp_path):
     run = start(*ROOM, "--hosts", "8", "--", *FEW, "--out", str(tmp_path))
     assert run.end() == 0, run.output
