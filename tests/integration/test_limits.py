@@ -103,7 +103,9 @@ def test_one_host_gets_every_frame_of_the_device_while_others_sit_on_free_ones()
         sitting, short = [fabric.host() for _ in range(3)], fabric.host(deadline=60)
         sit_on_frames(fabric, *sitting)
         short.call(allocate_singly, 2048)
-        assert recalls(fabric) >= 2 * len(sitting)  # for what is above the low watermark, for the rest
+        assert recalls(fabric) >= 2 * len(
+            sitting
+        )  # for what is above the low watermark, for the rest
         assert fabric.assert_sound()["in_use"] == 2048
 
 

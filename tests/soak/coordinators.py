@@ -176,4 +176,5 @@ class Coordinators:
         """Stop the one that serves, in order."""
         assert self.current is not None
         assert not self.busy
+        self.ready = False
         self._end(self.current, signal.SIGTERM, STOPPED, then)
