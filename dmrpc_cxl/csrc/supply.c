@@ -157,6 +157,11 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
     return DM_OK;
 }
 
+/* Tell the coordinator, which asked for frames, that there are none to be had here. */
+int dm_give_back_none(struct dm_host *h, struct dm_link *l, struct dm_error *e) {
+    return request(h, l, DM_MSG_RETURN, NULL, 0, NULL, 0, NULL, e);
+}
+
 /* Take a run of exactly nr frames, asking the coordinator when short. */
 int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, struct dm_error *e) {
     bool defragmented = false;
