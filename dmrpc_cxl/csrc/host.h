@@ -262,6 +262,7 @@ bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr);
 bool dm_take_in(struct dm_host *h, uint32_t pfn);
 void dm_take_hints(struct dm_host *h);
 bool dm_search_home(struct dm_host *h);
+void dm_all_home(struct dm_host *h);
 static inline void dm_welcome_home(struct dm_host *h) {
     if (__builtin_expect(
             __atomic_load_n(&h->entry->homecoming.nr_hints, __ATOMIC_RELAXED) != h->hints_seen, 0))

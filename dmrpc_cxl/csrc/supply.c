@@ -121,7 +121,6 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
     enum { MAX_RUNS = 2048 };
     struct dm_run runs[MAX_RUNS];
     dm_welcome_home(h);
-    (void)dm_search_home(h);
     if (keep < h->nr_reserved)
         keep = h->nr_reserved;
     while (h->free.nr_free > keep) {
