@@ -150,7 +150,7 @@ def keep_by_interceptor(at: At) -> None:
         at.depot._kept["a"].append(result)
         return result
 
-    at.server._interceptors = (interceptor,)
+    at.server._runner._interceptors = (interceptor,)
 
 
 def fetch(at: At, method: str) -> list[int]:
