@@ -25,6 +25,7 @@ from .state import (
     NR,
     PROTECTED,
     PTE,
+    R_CREATOR,
     R_EXCL,
     R_FRAMES,
     R_HOLDER,
@@ -76,7 +77,7 @@ def take_slot(w: World, h: int) -> int:
     """FREE -> BUILDING, a compare-and-swap; the entry's number plus one, 0 when there is none."""
     for ref, r in enumerate(w.refs):
         if w.b[r + R_STATE] == FREE:
-            w.b[r + R_STATE], w.b[r + R_HOLDER] = BUILDING, h
+            w.b[r + R_STATE], w.b[r + R_HOLDER], w.b[r + R_CREATOR] = BUILDING, h, h
             return ref + 1
     return 0
 
