@@ -132,8 +132,18 @@ def take_in_blindly(w: World, h: int) -> str:
     return ""
 
 
+def find(h: int, frame: int) -> Callable[[World], None]:
+    """Return what lists a frame that is host h's, and that it had not heard of."""
+    return lambda w: freed(w, h, frame)
+
+
 def arrivals(w: World, h: int) -> Iterator[tuple[str, Callable[[World], None]]]:
-    """Offer to take in each frame that is coming to host h, found by a hint or by a search."""
-    for frame in range(len(w.frames)):
-        if on_its_way(w, frame, h):
+    """Offer what a hint, which need not be true, or a search may lead host h to."""
+    b = w.b
+    for frame, f in enumerate(w.frames):
+        if b[f + COUNT] or b[f + OWNER] != h:
+            continue
+        if b[f + COMING]:
             yield f"host {h} takes in frame {frame}, which is coming home", take_in(h, frame)
+        elif not b[w.hosts[h] + FREE_LIST] >> frame & 1:
+            yield f"host {h} finds frame {frame}, of whose grant it has not heard", find(h, frame)
