@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from . import home, invariants, protocol, taking
+from . import failing, home, invariants, protocol
 from .state import (
     ACTIVE,
     AT,
@@ -49,7 +49,7 @@ from .steps import LOCAL, NAMES, NUMBERS, STEPS, TEXTS
 
 NUMBERED = (W_HOLDER, HOME, I_HOME, *(MAPS + MAP_SIZE * i + M_HOME for i in range(MAX_MAPS)))
 """Where a host's block holds the number of a host."""
-SETUP_MENU = ("ralloc", "share", "move", "map", "view")
+SETUP_MENU = ("ralloc", "share", "move", "map", "view", "drop")
 
 
 class TooMany(Exception):
@@ -107,7 +107,7 @@ def everything(w: World) -> Iterator[protocol.Action]:
         if pc:
             yield f"host {h}: {TEXTS[pc]}", protocol.run(h, STEPS[pc])
             if NAMES[pc] == "map.place" and w.config.failures:
-                back = NUMBERS["back.look" if w.bug in taking.TO_OLD_HOLDER else "back.store"]
+                back = NUMBERS["back.look" if w.bug in failing.TO_OLD_HOLDER else "back.store"]
                 yield f"host {h}: {TEXTS[back]}", protocol.run(h, STEPS[back])
         elif b[o + OPS]:
             yield from protocol.operations(w, h)

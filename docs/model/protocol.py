@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import home, pages, recovery, refs, taking
+from . import pages, recovery, refs, taking
 from .state import (
     ABSENT,
     ACTIVE,

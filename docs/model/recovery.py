@@ -103,7 +103,7 @@ def settle(w: World, h: int) -> str:
             return "recover.drop"
     if op == COW:
         return "recover.new frames"
-    if op == SEND_HOME:
+    if op == SEND_HOME and w.bug != "recovery leaves what was sent":
         return "recover.home"
     return "recover.settled"
 

@@ -18,6 +18,7 @@ from .state import (
     KIND,
     LIVE,
     M_EXCL,
+    M_HOME,
     M_NR,
     M_VIEW,
     MAP,
@@ -178,7 +179,8 @@ def share_publish(w: World, h: int) -> str:
     if w.bug == "protect last":
         fill_in(w, h)
     b[r + R_STATE], b[r + R_KNOWN] = LIVE, 1
-    b[w.mapping(h, b[o + MAP]) + M_EXCL] = 0
+    m = w.mapping(h, b[o + MAP])
+    b[m + M_EXCL] = b[m + M_HOME] = 0
     if w.bug == "publish before counts":
         return "share.intent"
     return "share.protect" if w.bug == "protect last" else "share.end"

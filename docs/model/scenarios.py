@@ -24,6 +24,8 @@ MOVED = ((1, "begins ralloc"), (1, "begins create_ref(move)"))
 """Host 1 holds an exclusive Ref."""
 VIEWED = (*MOVED, (2, "begins view"))
 """Host 2 views a Ref that was exclusive."""
+SENT = (*MOVED, (2, "begins drop"))
+"""A frame is coming home to host 1."""
 
 CHECKED = (
     Config("from nothing", frames=2, frames_at=(1, 2), menu=EVERYTHING, coordinator_crashes=1),
@@ -122,6 +124,7 @@ MISTAKES = tuple(
         ("no look behind the words", _HOME),
         ("take back by a store", _HOME),
         ("take in by a store", _HOME),
+        ("recovery leaves what was sent", _RUN),
         ("look before rejoining", _SUPPLY),
         ("return before the word", _SUPPLY),
         ("return not looked at", _SUPPLY),
