@@ -76,6 +76,11 @@ CHECKED = (
         menu=("ralloc", "move", "drop"), crashes=2, restarts=1,
     ),
     Config(
+        "home, three hosts, all ways", hosts=3, frames=2, refs=1, frames_at=(1, 2), setup=MOVED,
+        ops=1, menu=("ralloc", "rfree", "view", "map", "drop", "accept", "move"), crashes=2,
+        coordinator_crashes=1, restarts=1,
+    ),
+    Config(
         "home and supply", frames=2, refs=1, frames_at=(1,), setup=MOVED,
         menu=("ralloc", "move", "drop", "grant", "return"), crashes=1, coordinator_crashes=1,
         restarts=1,
