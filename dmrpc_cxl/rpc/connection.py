@@ -98,7 +98,9 @@ class Connection:
                 )
             else:
                 value = _only(pending.reader.read(self.host, frame))
-        except RefConsumed:  # the server has ended, and what it held came back before it was read here
+        except (
+            RefConsumed
+        ):  # the server has ended, and what it held came back before it was read here
             failure = PeerLost(
                 f"{self.service}.{pending.method}: the service ended before its result was taken"
             )
