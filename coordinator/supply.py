@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from dmrpc_cxl._native import Device
+from dmrpc_cxl._native import Device, crash_point
 from dmrpc_cxl.errors import OutOfFrames, PeerError, RemoteProtocolError
 
 from .connection import Connection
@@ -61,6 +61,7 @@ class Supply:
             raise RemoteProtocolError("GRANT asks for no frame")
         try:
             runs = await self._grant(connection, host, want, min_run)
+            crash_point("grant_unanswered")
         except OutOfFrames:
             self._ledger.totals.grants_refused += 1
             raise
@@ -113,6 +114,7 @@ class Supply:
         if runs or not host.asked_for_all:
             host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
         self._frames.take_back(host.account, runs)
+        crash_point("return_counted")
         self._changes.announce()
 
     def _recall(
@@ -130,7 +132,8 @@ class Supply:
             if host is not short and host.account.alive and now >= host.not_asked_before:
                 entry = self._device.host(host.account.host)
                 keep = 0 if everything else host.account.watermarks.low
-                spare = entry["nr_free"] - max(entry["nr_reserved"], keep)
+                free = entry["nr_free"] + entry["nr_coming_home"]
+                spare = free - max(entry["nr_reserved"], keep)
                 if spare > 0:
                     idle.append((spare, host))
         for spare, host in sorted(idle, key=lambda found: -found[0]):

@@ -9,8 +9,10 @@ Tests wait for what services note (Desk.notes), never for time to pass.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import threading
@@ -285,15 +287,32 @@ def ask(at: At, name: str, attribute: str) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def descriptors_and_threads(pid: int | None = None) -> tuple[list[str], list[str]]:
-    """Return what a process has open, and its Python threads (if it is this one), to compare."""
+def descriptors_and_threads(pid: int | None = None) -> collections.Counter[str]:
+    """Return what a process has open, and its Python threads (if it is this one), to compare with new_since.
+
+    What earlier tests left to the garbage collector is collected first: it would go at a moment of its own.
+    """
+    gc.collect()
     where = f"/proc/{pid or 'self'}/fd"
-    links = []
+    found: collections.Counter[str] = collections.Counter()
     for fd in os.listdir(where):
         with contextlib.suppress(FileNotFoundError):
             link = os.readlink(f"{where}/{fd}")
-            links.append(link.split(":")[0] if ":[" in link else link)
-    return sorted(links), sorted(thread.name for thread in threading.enumerate())
+            found["descriptor " + (link.split(":")[0] if ":[" in link else link)] += 1
+    found.update(f"thread {thread.name}" for thread in threading.enumerate())
+    return found
+
+
+def new_since(before: collections.Counter[str]) -> list[str]:
+    """Return what is open or runs now and was not before; what ended meanwhile is nobody's leak."""
+    return sorted((descriptors_and_threads() - before).elements())
+
+
+def until_nothing_is_new(before: collections.Counter[str], seconds: float = 20) -> None:
+    """Wait until a test has left nothing behind; the failure says what."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: not new_since(before), seconds)
+    assert new_since(before) == []
 
 
 # ---------------------------------------------------------------- the test's side

@@ -141,6 +141,7 @@ static void guard_again(struct handler *t) {
 static void give_back_recalled(struct handler *t) {
     struct dm_host *h = t->h;
     struct dm_error e = {0};
+    dm_all_home(h);
     uint32_t free = h->free.nr_free, leave = free > t->recall_want ? free - t->recall_want : 0;
     if (leave > h->low)
         leave = h->low;

@@ -142,8 +142,8 @@ static int exchange(struct dm_link *l, uint16_t type, const void *payload, uint3
                        "the coordinator speaks version %u of its protocol, here it is %u: the "
                        "coordinator and all hosts have to run the same release",
                        head.version, DM_WIRE_VERSION);
-    if (head.magic != DM_WIRE_MAGIC || head.type != type ||
-        head.request != l->next_request || head.length > DM_WIRE_MAX_PAYLOAD)
+    if (head.magic != DM_WIRE_MAGIC || head.type != type || head.request != l->next_request ||
+        head.length > DM_WIRE_MAX_PAYLOAD)
         return dm_fail(e, DM_ERR_PROTOCOL, "the coordinator's answer does not fit the request");
     if (head.status != DM_WIRE_OK) {
         char text[sizeof e->text];
@@ -272,6 +272,18 @@ int dm_link_open(struct dm_link *l, struct dm_host *h, bool unix_only, uint64_t 
     return s;
 }
 
+/* Of a name that was to be withdrawn nothing is there, after the request has been sent before: that one was carried out, and
+ * its answer lost. Answered as the first would have been. */
+static bool withdrawn_before(uint16_t type, bool sent, const struct dm_error *e, void *reply,
+                             uint32_t reply_max, uint32_t *reply_length) {
+    static const char nothing[] = "{}";
+    if (type != DM_MSG_WITHDRAW || !sent || !e || e->wire_status != DM_WIRE_NOT_FOUND ||
+        !reply_length || reply_max < sizeof nothing - 1)
+        return false;
+    memcpy(reply, nothing, *reply_length = sizeof nothing - 1);
+    return true;
+}
+
 static void pause_ms(unsigned ms) { (void)poll(NULL, 0, (int)ms); }
 
 int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const void *payload,
@@ -293,6 +305,9 @@ int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const v
         }
         if (!s)
             s = exchange(l, type, payload, length, -1, reply, reply_max, reply_length, deadline, e);
+        if (s == DM_ERR_COORDINATOR_REFUSED &&
+            withdrawn_before(type, sent, e, reply, reply_max, reply_length))
+            return DM_OK;
         if (!s || s == DM_ERR_COORDINATOR_REFUSED)
             return s;
         sent = sent || l->fd >= 0;

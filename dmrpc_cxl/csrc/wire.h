@@ -20,7 +20,7 @@
 #include "layout.h"
 
 #define DM_WIRE_MAGIC 0x44524d44u /* "DMRD" */
-#define DM_WIRE_VERSION 2u /* 2: CHECK, TABLE_FULL, `keep` in a recall, RETURN of nothing */
+#define DM_WIRE_VERSION 2u        /* 2: CHECK, TABLE_FULL, `keep` in a recall, RETURN of nothing */
 #define DM_WIRE_MAX_PAYLOAD (1u << 20)
 #define DM_WIRE_MAX_RUNS 4096u /* in the answer to a GRANT */
 
@@ -114,8 +114,8 @@ struct dm_msg_grant {
 };
 
 struct dm_msg_recall { /* answered by a RETURN, of no frames if need be */
-    uint32_t want; /* frames the coordinator would like back */
-    uint32_t keep; /* free frames that the host may keep, however many are wanted */
+    uint32_t want;     /* frames the coordinator would like back */
+    uint32_t keep;     /* free frames that the host may keep, however many are wanted */
 };
 
 _Static_assert(sizeof(struct dm_msg_header) == 24, "message header");

@@ -11,6 +11,7 @@ import itertools
 import threading
 from typing import Any
 
+from .._native import crash_point
 from ..errors import (
     DmError,
     InterfaceMismatch,
@@ -121,6 +122,7 @@ class Connection:
         self, pending: Pending, frame: Frame, value: Any, failure: BaseException | None
     ) -> None:
         if frame.nr_refs:
+            crash_point("reply_read")
             self.host.drop_refs(frame.refs)  # those the value did not use
         self.settle(pending, value, failure)
 
@@ -128,6 +130,7 @@ class Connection:
         """End a call; what nobody has accepted of it comes back."""
         if pending.refs:
             self.host.drop_refs(pending.refs)
+            crash_point("refs_taken_back")
         pending.settle(value, error)
 
     def give_up(self, pending: Pending, error: BaseException) -> None:

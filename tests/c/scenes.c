@@ -210,6 +210,11 @@ static void buffer_received_from_other(struct scene *s) {
     s->id = mapped(s->h, &w); /* exclusive, and the frame words name the other host */
 }
 
+static void run_on_its_way_home(struct scene *s) {
+    struct dm_ref_wire w = moved(s->h, allocated(s->h, 4));
+    EXPECT_OK(dm_rfree(s->other, mapped(s->other, &w), &err), &err);
+}
+
 /* Refcount 1, in the shared window, not known to be exclusive. */
 static void mapping_shared_by_nobody_any_more(struct scene *s) {
     struct dm_ref_wire w = moved(s->h, allocated(s->h, 4)), copy = cloned(s->h, &w);
@@ -388,6 +393,7 @@ static void other_lets_go(struct scene *s) {
 const struct scenario scenarios[] = {
     {"ralloc", 0, 0, nothing_more, ralloc, NULL},
     {"ralloc of fragments", 0, 0, pool_in_pieces, ralloc, NULL},
+    {"ralloc of a run that comes home", 0, 0, run_on_its_way_home, ralloc, NULL},
     {"ralloc(lazy)", SCENE_UFFD, 0, nothing_more, ralloc_lazy, NULL},
     {"rfree, exclusive", 0, 0, own_buffer, rfree, NULL},
     {"rfree, exclusive, received", 0, 0, buffer_received_from_other, rfree, NULL},

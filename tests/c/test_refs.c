@@ -92,7 +92,8 @@ static void the_bytes_are_stale_once_another_holder_accepted(void) {
     EXPECT_EQ(dm_ref_holder(dev.refs[got.entry].state), b->id);
     expect_refused(&sent, DM_ERR_REF_CONSUMED);
     struct dm_ref_wire again = got;
-    EXPECT_OK(dm_ref_accept(b, &again, false, &err), &err); /* by who holds it already: nothing changes */
+    EXPECT_OK(dm_ref_accept(b, &again, false, &err),
+              &err); /* by who holds it already: nothing changes */
     EXPECT(!memcmp(&again, &got, sizeof got));
     dropped(b, &got);
 }
@@ -198,6 +199,8 @@ static void a_clone_adds_one_count_and_ends_exclusiveness(void) {
 }
 
 static void who_drops_last_gets_the_frames(void) {
+    dm_welcome_home(a);
+    dm_welcome_home(b);
     uint32_t of_a = a->free.nr_free, of_b = b->free.nr_free;
     struct dm_ref_wire w = moved(a, 5), copy = cloned(a, &w);
     EXPECT_OK(dm_ref_accept(b, &copy, false, &err), &err);

@@ -28,6 +28,7 @@ from tests.rpc_services import (
     noted,
     pause,
     stop,
+    until_nothing_is_new,
 )
 from tests.standing import until
 
@@ -244,7 +245,7 @@ def test_limits_and_mismatches_are_reported(rpc: Rpc, transport: str) -> None:
         Forwarder(rpc.host, "front", ["desk", "typed"])
     with pytest.raises(ServiceNotFound):
         Forwarder(rpc.host, "front", ["nobody"])
-    until(lambda: descriptors_and_threads() == before, 10)
+    until_nothing_is_new(before)
     with Forwarder(rpc.host, "front", ["desk", "nobody"], max_outstanding=2):
         desk = rpc.connect("front", transport=transport)
         futures = [desk.future.block("door") for _ in range(3)]

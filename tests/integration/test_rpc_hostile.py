@@ -17,8 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from dmrpc_cxl.rpc import endpoint, frames
-from dmrpc_cxl.rpc import server as server_module
+from dmrpc_cxl.rpc import attended, endpoint, frames
 from dmrpc_cxl.rpc.frames import Code, Flag, Kind
 from tests.fabrics import At, Fabric, HostProcess
 from tests.rpc_peers import (
@@ -51,7 +50,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def limits(at: At) -> None:
     """Shorter waits and smaller heaps than in real life."""
     endpoint.HANDSHAKE_SECONDS = 1.0
-    server_module.MAX_BACKLOG_BYTES = 8 << 20
+    attended.MAX_BACKLOG_BYTES = 8 << 20
 
 
 def resources(at: At) -> tuple[int, int]:
@@ -151,6 +150,11 @@ FRAMES = {
 }
 
 
+RING_CAPACITY = 16  # byte offsets in the shared memory of a ring, for what a client writes
+RING_TAIL = 1024
+RING_DATA = 4096
+
+
 @pytest.mark.parametrize("what", FRAMES)
 def test_a_frame_that_breaks_the_rules_ends_its_connection_and_no_other(
     place: Place, kind: str, what: str
@@ -159,7 +163,6 @@ def test_a_frame_that_breaks_the_rules_ends_its_connection_and_no_other(
     with RawClient(fabric, kind=kind) as raw:
         data = FRAMES[what]
         if kind == "ring":
-            # By hand: a ring's own send would refuse a size that is not so.
             write_to_ring(raw, data)
         else:
             raw.socket.setblocking(True)
@@ -170,24 +173,18 @@ def test_a_frame_that_breaks_the_rules_ends_its_connection_and_no_other(
 
 
 def write_to_ring(raw: RawClient, data: bytes) -> None:
-    """Write bytes into a ring; ours would refuse a size that is not so, so it is changed in the shared memory.
+    """Put bytes into a ring as a producer that keeps no rules would: ours refuses a size that is not so.
 
-    A frame is only read once it is complete: all but its last byte is written, the size changed, then the last byte.
+    The layout is that of csrc/ring.h: the bytes, then the index of what was written, then the bell.
     """
-    size = int.from_bytes(data[:4], "little")
-    if size == len(data):
-        raw.send(data)
-        return
-    right = len(data).to_bytes(4, "little") + data[4:]
-    marker = b"find me "
-    raw.send(frames.head(Kind.CANCEL, 1, body=marker))  # where the next frame begins
-    with mmap.mmap(raw.fds[0], 0) as memory:
-        at = memory.rfind(marker) + len(marker)
-        at += -at % 8
-        half = raw.ring.try_send([right], 0)
-        assert half == len(right)
-        memory[at : at + 4] = data[:4]
-    raw.send(header(kind=99, call_id=7))  # whoever was faster: this is wrong
+    with mmap.mmap(raw.fds[0], 0) as memory, memoryview(memory).cast("Q") as words:
+        tail, capacity = words[RING_TAIL // 8], words[RING_CAPACITY // 8]
+        at = RING_DATA + capacity + tail % capacity
+        assert at + len(data) <= len(memory)
+        memory[at : at + len(data)] = data
+        words[RING_TAIL // 8] = tail + len(data)
+    for bell in raw.fds[1:]:
+        os.eventfd_write(bell, 1)
 
 
 ARGUMENTS = {

@@ -16,7 +16,7 @@ from dmrpc_cxl._native import Relay
 from dmrpc_cxl.errors import DmError, MisuseError, PeerLost
 from dmrpc_cxl.rpc import Forwarder, endpoint, frames
 from tests.fabrics import At
-from tests.rpc_services import Desk, Rpc, descriptors_and_threads
+from tests.rpc_services import Desk, Rpc, descriptors_and_threads, until_nothing_is_new
 from tests.standing import until
 
 SIZES = (1, 500, 4000, 100_000, 1 << 20, 16 << 20)
@@ -162,7 +162,7 @@ def test_descriptors_are_as_before_when_it_ends_under_load(rpc: Rpc, kind: str) 
             client.close()
         assert forwarder.nr_forwarded >= 0
         del futures, clients, forwarder
-    until(lambda: descriptors_and_threads() == before, 10)
+    until_nothing_is_new(before)
 
 
 def test_a_relay_is_used_by_one_thread_at_a_time() -> None:

@@ -9,7 +9,17 @@ import pytest
 
 import dmrpc_cxl
 from dmrpc_cxl.errors import PeerLost, ServiceExists, ServiceNotFound, ServiceStopping
-from tests.rpc_services import Desk, Rpc, Typed, descriptors_and_threads, grow_idle, noted, stop
+from tests.rpc_services import (
+    Desk,
+    Rpc,
+    Typed,
+    descriptors_and_threads,
+    grow_idle,
+    new_since,
+    noted,
+    stop,
+    until_nothing_is_new,
+)
 from tests.standing import until
 
 
@@ -107,7 +117,7 @@ def test_a_server_leaves_neither_descriptors_nor_threads(rpc: Rpc, transport: st
     before = descriptors_and_threads()
     for _ in range(3):
         round_()
-    assert descriptors_and_threads() == before
+    assert new_since(before) == []
 
 
 def test_stop_is_idempotent_and_whoever_comes_second_waits(rpc: Rpc) -> None:
@@ -159,7 +169,7 @@ def test_detaching_stops_servers_and_closes_clients(rpc: Rpc, transport: str) ->
     with pytest.raises(PeerLost):
         client.add(1, 2, 3)
     del host, client
-    until(lambda: descriptors_and_threads() == before, 10)
+    until_nothing_is_new(before)
 
 
 def test_a_name_that_is_taken_stays_with_its_first_server(rpc: Rpc) -> None:
@@ -167,7 +177,7 @@ def test_a_name_that_is_taken_stays_with_its_first_server(rpc: Rpc) -> None:
         before = descriptors_and_threads()
         with pytest.raises(ServiceExists):
             rpc.host.serve(Desk(), name="typed")
-        assert descriptors_and_threads() == before
+        assert new_since(before) == []
         with rpc.host.connect("typed") as client:
             assert client.add(1) == 111
 
