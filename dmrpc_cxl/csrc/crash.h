@@ -153,7 +153,8 @@
     X(recover_begun, "what it was doing is noted")                                                 \
     X(recover_progress, "progress is written, the count still there")                              \
     X(recover_counted_down, "a count was dropped")                                                 \
-    X(recover_reclaimed, "a frame that it owned, or was handing over, is the pool's")              \
+    X(recover_reclaimed, "a frame that it owned is the pool's")                                    \
+    X(recover_told_home, "the home of frames that it was handing over can see where to look")      \
     X(recover_drop_begun, "intent to drop a Ref written in its stead")                             \
     X(recover_claimed, "a Ref that it held is claimed to be dropped")                              \
     X(recover_unlinked, "an overflow frame is unlinked, its count not dropped")                    \

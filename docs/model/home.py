@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from .pages import freed, keep_or_send, next_page
+from .pages import freed, next_page
 from .state import (
     AT,
     COMING,
@@ -34,16 +34,6 @@ from .steps import NUMBERS, step
 # ---------------------------------------------------------------- who hands over
 
 
-@step("home.look")
-def home_look(w: World, h: int) -> str:
-    """Is there somebody at home? If not, the frames stay here."""
-    o, b = w.hosts[h], w.b
-    if w.active(b[o + HOME]):
-        return "home.intent"
-    b[o + HOME] = 0
-    return keep_or_send(w, h)
-
-
 @step("home.intent", local=True)
 def home_intent(w: World, h: int) -> str:
     """The intent HOME is written."""
@@ -59,13 +49,13 @@ def home_word(w: World, h: int) -> str:
     """The word of a frame goes to (0, home, coming)."""
     o, b = w.hosts[h], w.b
     w.send(b[o + NEW + b[o + AT]] - 1, h, b[o + HOME])
-    then = "home.end" if w.bug == "no look behind the words" else "home.look again"
+    then = "home.end" if w.bug == "no look behind the words" else "home.look"
     return next_page(w, h, "home.word", then)
 
 
-@step("home.look again")
-def home_look_again(w: World, h: int) -> str:
-    """Is somebody at home still? If not, what nobody else has taken is taken back."""
+@step("home.look")
+def home_look(w: World, h: int) -> str:
+    """Is there somebody at home? If not, what nobody else has taken is taken back."""
     o, b = w.hosts[h], w.b
     return "home.end" if w.active(b[o + HOME]) else "home.back"
 

@@ -101,7 +101,7 @@ def keep_or_send(w: World, h: int) -> str:
     o, b = w.hosts[h], w.b
     b[o + AT] = 0
     if b[o + HOME]:
-        return "home.look"
+        return "home.intent"
     for i in range(b[o + NR]):
         freed(w, h, b[o + NEW + i] - 1)
     return ""

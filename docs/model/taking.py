@@ -77,7 +77,7 @@ def home_of(w: World, h: int, ref: int) -> int:
 
 @step("accept.swap")
 def accept_swap(w: World, h: int) -> str:
-    """Compare-and-swap: LIVE of the old holder -> LIVE of this one, the next generation."""
+    """Compare-and-swap: LIVE of the old holder, perhaps this one itself -> LIVE of this one, the next generation."""
     o, b = w.hosts[h], w.b
     ref = b[o + REF] - 1
     if not claim(w, h, ref, LIVE):
