@@ -68,6 +68,14 @@ soak: $(VENV)/.native ## Kill and stop hosts and coordinators at random while th
 slow: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
+.PHONY: crash
+crash: $(VENV)/.native $(VENV)/.test ## Kill processes behind every labelled step, and account for every frame
+	$(PY) -m pytest -m crash tests/crash -o faulthandler_timeout=0 $(ARGS)
+
+.PHONY: crash-survey
+crash-survey: $(VENV)/.native $(VENV)/.test ## Write down which labels each act of that campaign passes
+	$(PY) -m tests.crash.survey
+
 ##@ Check
 
 .PHONY: check
