@@ -94,9 +94,3 @@ def descriptors(pid: int) -> Counter[str]:
         except FileNotFoundError:
             continue
     return kinds
-
-
-def summary(device: Device) -> dict[str, Any]:
-    """Return where frames are."""
-    audit = device.audit()
-    return {key: audit[key] for key in ("pool", "in_use", "live_refs")}
