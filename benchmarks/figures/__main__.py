@@ -68,8 +68,8 @@ def measure(name: str, options: Options, ticker: Ticker) -> dict[str, Any]:
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(FIGURES), help="Measure these figures only.")
-@click.option("--quick", is_flag=True, help="Fewer points and shorter blocks.")
-@click.option("--rounds", type=click.IntRange(1), help="Blocks of each point [5].")
+@click.option("--quick", is_flag=True, help="Fewer points, shorter blocks, three rounds, one CPU.")
+@click.option("--rounds", type=click.IntRange(1), help="Blocks of each point [5, quick 3].")
 @click.option("--variant", "variants", multiple=True, help="Measure these variants only.")
 @click.option("--place", "places", multiple=True, type=click.Choice(["one CPU", "free"]))
 @click.option("--transport", "transports", multiple=True, type=click.Choice(["ring", "tcp"]))
@@ -93,7 +93,9 @@ def main(
 ) -> None:
     """Measure the paper's experiments on this machine, plot them, and write a report."""
     console = Console()
-    options = Options(rounds=rounds or 5, seconds=seconds or (0.04 if quick else 0.12), quick=quick)
+    options = Options(rounds=rounds or (3 if quick else 5), seconds=seconds or 0.1, quick=quick)
+    if quick:
+        options.places, options.seconds = ("one CPU",), seconds or 0.04
     if variants:
         options.variants = frozenset(variants)
     if places:

@@ -34,7 +34,7 @@ class Block:
         check: raises AssertionError unless all results since the last time were right.
         close: lets go of what the block holds.
         before: called before every block, outside of what is timed.
-        counts: what the block itself counted in the last run, by name.
+        counts: what the block itself counted in the last run, by name; "timed_ns": how long the run was, if not all of it counts.
     """
 
     run: Callable[[int], Sequence[int]]

@@ -10,7 +10,7 @@ from typing import Any
 from .summary import Point, Points, bytes_text
 from .variants import REGISTRY
 
-DASHES = {"fresh": "-", "shared": "--", "pre-shared": ":"}
+DASHES = {"fresh": "-", "shared": "--", "pre-shared": ":", "first": "-.", "clone": (0, (1, 3))}
 INK, FAINT = "#222222", "#d9d9d9"
 STYLE = {
     "font.size": 9,
@@ -91,7 +91,7 @@ def lines(
         ax.plot(
             xs,
             [value[0] for _, value in found],
-            DASHES.get(mode, "-"),
+            linestyle=DASHES.get(mode, "-"),
             color=kind.colour,
             marker=kind.marker,
             label=label(variant, mode),

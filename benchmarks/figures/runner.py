@@ -84,6 +84,7 @@ class Case:
     seconds: float | None = None  # of one block, if not the run's
     max_requests: int = MAX_REQUESTS
     traffic: bool = True  # its processes have a host, and rings or sockets
+    gauges: Callable[[], Mapping[str, float]] | None = None  # more to read before and after a block
     requests: int = 0  # in one block; found out while warming up
 
     @property
@@ -102,6 +103,7 @@ class Sample:
     cpu_ns: dict[str, float]
     counters: dict[str, float]
     histogram: bytes
+    block_ns: float = 0.0  # the whole block, with what is not timed
 
     @property
     def per_second(self) -> float:
@@ -115,7 +117,7 @@ class Sample:
 
     def each(self, counter: str) -> float:
         """Return a counter per request."""
-        return self.counters.get(counter, 0.0) / self.requests
+        return self.counters[counter] / self.requests
 
 
 @dataclass
@@ -178,10 +180,11 @@ class Runner:
                     self.on.peers[client].call(blocks.make, key, case.factory, case.arguments)
             for key, case in order:
                 self._probe(key, case)
-            for _ in range(self.options.rounds):
+            for i in range(self.options.rounds):
                 self._random.shuffle(order)
                 for key, case in order:
-                    found[int(key)].samples.append(self._block(key, case, case.requests))
+                    sample = self._block(key, case, case.requests, wire=i == 0)
+                    found[int(key)].samples.append(sample)
                     self.ticker.advance(case)
             for client in {client for _, case in order for client in case.clients}:
                 keys = [key for key, case in order if client in case.clients]
@@ -196,8 +199,8 @@ class Runner:
         requests = min(PROBE_REQUESTS, case.max_requests)
         while True:
             sample = self._block(key, case, requests)
-            each = sample.wall_ns / 1e9 / requests
-            enough = sample.wall_ns / 1e9 > seconds / 4 or requests * 4 > case.max_requests
+            each = sample.block_ns / 1e9 / requests
+            enough = sample.block_ns / 1e9 > seconds / 4 or requests * 4 > case.max_requests
             if enough or requests >= PROBE_REQUESTS << 10:
                 break
             requests *= 4
@@ -205,15 +208,18 @@ class Runner:
         case.requests = max(min(wanted, case.max_requests), min(MIN_REQUESTS, case.max_requests))
         self.ticker.advance(case)
 
-    def _counters(self, case: Case) -> dict[str, float]:
+    def _counters(self, case: Case, wire: bool) -> dict[str, float]:
         """Return what the DM layer of all hosts and the transports of this case's processes have counted so far."""
         if not case.traffic:
             return {}
-        total: dict[str, float] = {"sent_bytes": 0, "copied_bytes": 0}
+        total: dict[str, float] = {}
+        if case.gauges is not None:
+            total |= case.gauges()
         for host in self._device.hosts():
             for name, value in host["counters"].items():
                 total[name] = total.get(name, 0) + value
-        for name in (*case.clients, *case.processes):
+        for name in (*case.clients, *case.processes) if wire else ():
+            total.setdefault("sent_bytes", 0)
             peer = self.on.peers.get(name)
             if peer is not None:
                 sent = peer.call(traffic)
@@ -222,11 +228,12 @@ class Runner:
                     total[extra] = total.get(extra, 0) + sent[extra]
         return total
 
-    def _block(self, key: str, case: Case, requests: int) -> Sample:
+    def _block(self, key: str, case: Case, requests: int, wire: bool = False) -> Sample:
+        """Run one block; wire: ask every process what it has sent, which takes longer than some blocks."""
         pids = {name: self.on.pids[name] for name in case.processes}
         if case.pids is not None:
             pids |= case.pids()
-        counted = self._counters(case)
+        counted = self._counters(case, wire)
         share = -(-requests // len(case.clients))
         peers = [self.on.peers[client] for client in case.clients]
         before = clocks(pids)
@@ -239,7 +246,7 @@ class Runner:
         time.sleep(SETTLE_SECONDS)
         after = clocks(pids)
         counters = {
-            name: value - counted.get(name, 0) for name, value in self._counters(case).items()
+            name: value - counted.get(name, 0) for name, value in self._counters(case, wire).items()
         }
         counters["minor_faults"] = sum(one.minor_faults for one in taken)
         for one in taken:
@@ -250,12 +257,14 @@ class Runner:
         }
         for client, one in zip(case.clients, taken, strict=True):
             cpu[client] = one.cpu_ns
+        block_ns = max(one.end_ns for one in taken) - min(one.begin_ns for one in taken)
         return Sample(
             share * len(taken),
-            max(one.end_ns for one in taken) - min(one.begin_ns for one in taken),
+            counters.pop("timed_ns", 0) or block_ns,
             cpu,
             counters,
             merged(one.histogram for one in taken),
+            block_ns,
         )
 
 
