@@ -257,7 +257,7 @@ def _draw_slopes(
                 label=plots.label(variant, mode),
             )
     plots.sizes_axis(ax, sizes)
-    ax.set_yscale("log")
+    plots.log_y(ax)
     ax.set_xlabel("size of the array")
     ax.set_ylabel("CPU of one more call, us")
     ax.set_title(f"(c) {'rings' if transport == 'ring' else 'TCP'}, {place}")

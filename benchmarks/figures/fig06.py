@@ -165,7 +165,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             ax = axes[row][column]
             plots.lines(ax, points, "size", what, chosen)
             plots.sizes_axis(ax, points.values("size"))
-            ax.set_yscale("log")
+            plots.log_y(ax)
             ax.set_xlabel("size of the array")
             ax.set_ylabel(label)
             ax.set_title(f"({'abc'[column]}) {'rings' if transport == 'ring' else 'TCP'}, {place}")

@@ -263,7 +263,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         modes = ("pre-shared",) if what == "traffic_bytes" else None
         plots.lines(ax, points, "size", what, {"place": place}, modes)
         plots.sizes_axis(ax, points.values("size"))
-        ax.set_yscale("log")
+        plots.log_y(ax)
         ax.set_xlabel("size of the region")
         ax.set_ylabel(label)
         ax.set_title(f"({letter})")

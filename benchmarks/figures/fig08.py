@@ -288,7 +288,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         ):
             ax = axes[row][column]
             plots.lines(ax, points, "share", what, chosen)
-            ax.set_yscale("log")
+            plots.log_y(ax)
             ax.set_xlabel("share of pages written, %")
             ax.set_ylabel(label)
             ax.set_title(f"({'ab'[row]}) {bytes_text(size)}")

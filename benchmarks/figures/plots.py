@@ -114,6 +114,25 @@ def sizes_axis(ax: Any, sizes: Sequence[int]) -> None:
     ax.tick_params(axis="x", labelrotation=45 if len(sizes) > 6 else 0)
 
 
+def log_y(ax: Any) -> None:
+    """Make a logarithmic axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    few = high / low < 100
+    ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g}"
+
+
 def legend(figure: Any, axes: Any) -> None:
     """Put one legend for all axes below them."""
     seen: dict[str, Any] = {}
@@ -151,19 +170,12 @@ def render(module: Any, result: dict[str, Any], path: Path) -> None:
         top, bottom = figure.subfigures(2, 1, height_ratios=(height - 1.0, 1.0))
         module.draw(result, top)
         top.suptitle(result["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
-        words = [f"Paper: {claim}." for claim in module.CLAIMS]
+        told = [(f"The paper: {claim}.", "#777777") for claim in module.CLAIMS]
         if headline := result.get("headline"):
-            words.append(f"Here: {headline}.")
-        bottom.text(
-            0.01,
-            0.98,
-            "\n".join(
-                line
-                for one in words
-                for line in textwrap.wrap(one, 150, subsequent_indent="      ")
-            ),
-            va="top",
-            fontsize=8.5,
-            color=INK,
-        )
+            told.append((f"Here: {headline}.", INK))
+        at = 0.97
+        for words, colour in told:
+            for line in textwrap.wrap(words, 145, subsequent_indent="      "):
+                bottom.text(0.01, at, line, va="top", fontsize=9, color=colour)
+                at -= 0.19
         figure.savefig(path)
