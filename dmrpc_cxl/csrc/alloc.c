@@ -181,6 +181,7 @@ void dm_zero(struct dm_host *h, uint32_t id) {
         memset(dm_frame_data(h, pfn), 0, n * page_bytes);
     }
     DM_COUNT(h, bytes_zeroed, v->nr_pages * page_bytes);
+    dm_latency_bytes(&h->latency, v->nr_pages * page_bytes);
 }
 
 /* Frames that come free one after the other, put on the free list as runs. */

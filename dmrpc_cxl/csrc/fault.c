@@ -105,6 +105,7 @@ static void copy_frames(struct dm_host *h, uint32_t page, const struct dm_run *r
     }
     DM_COUNT(h, frames_copied, run->count);
     DM_COUNT(h, bytes_copied, run->count * page_bytes);
+    dm_latency_bytes(&h->latency, 2 * run->count * page_bytes);
 }
 
 /* Copy completely, repoint, then drop the count. The old frames cannot change meanwhile: this host still holds a
@@ -138,6 +139,7 @@ static void fill_holes(struct dm_host *h, struct dm_vma *v, uint32_t page,
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_FILL, page, run->count, run->pfn, 0, 0);
     dm_frames_enter_use(h, run->pfn, run->count);
     memset(dm_frame_data(h, run->pfn), 0, bytes);
+    dm_latency_bytes(&h->latency, bytes);
     show_or_die(h, page, run->pfn, run->count);
     dm_pt_set(h, page, run->pfn, run->count, h->pt[page] & DM_PTE_HEAD);
     dm_intent_end(in);

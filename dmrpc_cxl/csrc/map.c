@@ -188,6 +188,7 @@ static int map_copy(struct dm_host *h, struct placing *p, uint32_t *id, struct d
                 memcpy(to, dm_frame_data(h, run->pfn + i), page_bytes);
         }
     }
+    dm_latency_bytes(&h->latency, 2 * p->nr * page_bytes);
     dm_lock(h);
     __atomic_store_n(&h->refs[p->index].state,
                      dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(p->word)), __ATOMIC_RELEASE);

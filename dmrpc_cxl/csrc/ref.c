@@ -127,6 +127,7 @@ int dm_ref_check(struct dm_host *h, const struct dm_ref_wire *w, uint32_t *index
     if (w->entry >= h->max_refs)
         return dm_fail(e, DM_ERR_BAD_REF, "a forged Ref: the device has no entry %u", w->entry);
     const struct dm_ref_entry *entry = &h->refs[w->entry];
+    dm_charge_ref(h, w->entry);
     *word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
     if (dm_ref_gen(*word) != w->generation)
         return consumed(e);
@@ -307,6 +308,7 @@ void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_
     /* Relaxed: who reads it before the state below does not fit it, see dm_ref_check. */
     __atomic_store_n(&entry->nonce, next_nonce(h), __ATOMIC_RELAXED);
     dm_ref_wire_of(h, index, out);
+    dm_charge_ref(h, index);
     __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_LIVE, flags, h->id, gen), __ATOMIC_RELEASE);
 }
 
@@ -351,6 +353,7 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     struct dm_ref_entry *entry = &h->refs[index];
     struct dm_runs runs;
     dm_runs_init(&runs);
+    dm_charge_ref(h, index);
     int s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &runs);
     if (s)
         dm_fatal(h, "Ref entry %u is damaged (status %d); run `dmrpc fabric verify`", index, s);
