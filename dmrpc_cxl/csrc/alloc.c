@@ -204,16 +204,20 @@ void dm_freed_end(struct dm_host *h, struct dm_run *run) {
 /* Clear PTEs and drop their counts, page by page: a crash leaves at most one frame counted once too often. */
 void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr) {
     struct dm_run freed = {0, 0};
+    uint32_t nr_freed = 0;
     for (uint32_t i = 0; i < nr; i++) {
         uint32_t pte = h->pt[page + i];
         __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + DM_COUNTS_AHEAD], 1);
         __atomic_store_n(&h->pt[page + i], 0, __ATOMIC_RELEASE);
         if (h->free.nr_displaced && page + i < h->nr_frames)
             dm_freelist_vacated(&h->free, page + i);
-        if (pte & DM_PTE_PRESENT && dm_count_down(h, pte & DM_PTE_PFN))
+        if (pte & DM_PTE_PRESENT && dm_count_down(h, pte & DM_PTE_PFN)) {
             dm_freed_add(h, &freed, pte & DM_PTE_PFN);
+            nr_freed++;
+        }
     }
     dm_freed_end(h, &freed);
+    DM_COUNT(h, frames_freed, nr_freed);
 }
 
 /* rfree of a whole mapping. On failure (restoring the windows needs the kernel) nothing has changed for others
@@ -232,6 +236,7 @@ int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e) {
         dm_frames_leave_use(h, page, nr);
         dm_intent_end(in);
         dm_freelist_put(&h->free, page, nr);
+        DM_COUNT(h, frames_freed, nr);
         h->entry->nr_free = h->free.nr_free;
     } else {
         int s = v->flags & DM_VMA_DIRTY ? dm_restore(h, page, nr, e) : DM_OK;

@@ -15,6 +15,7 @@
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
     dm_charge_frames(h, pfn, nr);
+    DM_COUNT(h, frames_allocated, nr);
     for (uint32_t i = 0; i < nr; i++) {
         __builtin_prefetch(&word[i + AHEAD], 1);
         word[i] = (word[i] & 0xffff000000000000ull) + dm_frame_pack(1, h->id, 1);

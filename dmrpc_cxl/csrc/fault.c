@@ -117,6 +117,7 @@ static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page,
     copy_frames(h, page, run);
     show_or_die(h, page, run->pfn, run->count);
     struct dm_run freed = {0, 0};
+    uint32_t nr_freed = 0;
     for (uint32_t i = 0; i < run->count; i++) {
         uint32_t pte = h->pt[page + i], old = pte & DM_PTE_PFN;
         in->old = old;
@@ -124,10 +125,13 @@ static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page,
                          __ATOMIC_RELEASE);
         dm_intent_progress(in, i + 1);
         /* Two hosts may copy the same frame at once: the drop that returns "last" reclaims it. */
-        if (dm_count_down(h, old))
+        if (dm_count_down(h, old)) {
             dm_freed_add(h, &freed, old);
+            nr_freed++;
+        }
     }
     dm_freed_end(h, &freed);
+    DM_COUNT(h, frames_freed, nr_freed);
     dm_intent_end(in);
     v->flags |= DM_VMA_DIRTY;
     reserve_used(h, v, run->count);

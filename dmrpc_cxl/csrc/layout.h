@@ -142,7 +142,9 @@ struct dm_intent {
     X(bytes_referenced, "bytes covered by the Refs this host made")                                \
     X(out_of_frames, "operations refused for want of frames")                                      \
     X(map_views, "view_ref operations that touched no page-table entry")                           \
-    X(views_materialised, "views that became mappings because they were stored to or shared")
+    X(views_materialised, "views that became mappings because they were stored to or shared")      \
+    X(frames_allocated, "frames that this host took into use")                                     \
+    X(frames_freed, "frames whose last count this host dropped")
 
 enum dm_counter {
 #define DM_COUNTER_ENUM(name, text) DM_CNT_##name,

@@ -257,8 +257,10 @@ void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry) {
         uint32_t pfn = entry->overflow - 1;
         const struct dm_ref_overflow *o = (const struct dm_ref_overflow *)dm_frame_data(h, pfn);
         __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
-        if (dm_count_down(h, pfn))
+        if (dm_count_down(h, pfn)) {
             dm_frame_freed(h, pfn, 1);
+            DM_COUNT(h, frames_freed, 1);
+        }
     }
 }
 
@@ -335,15 +337,19 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e) 
     return DM_OK;
 }
 
-/* Progress first: a crash may leave one count too many, never take one twice. */
-static void drop_shared(struct dm_host *h, struct dm_intent *in, const struct dm_run *run,
-                        uint64_t progress, struct dm_run *freed) {
+/* Progress first: a crash may leave one count too many, never take one twice. Returns how many counts were the last. */
+static uint32_t drop_shared(struct dm_host *h, struct dm_intent *in, const struct dm_run *run,
+                            uint64_t progress, struct dm_run *freed) {
+    uint32_t nr_freed = 0;
     for (uint32_t i = 0; i < run->count; i++) {
         __builtin_prefetch(&h->frames[run->pfn + i + DM_COUNTS_AHEAD], 1);
         dm_intent_progress(in, ++progress);
-        if (dm_count_down(h, run->pfn + i))
+        if (dm_count_down(h, run->pfn + i)) {
             dm_freed_add(h, freed, run->pfn + i);
+            nr_freed++;
+        }
     }
+    return nr_freed;
 }
 
 /* Drop the counts of an entry this host holds in state DROPPING, then free it. Of an exclusive Ref each count is the last,
@@ -360,14 +366,15 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_DROP, 0, entry->nr_pages, 0, index, word);
     struct dm_run freed = {0, 0};
-    uint64_t progress = 0;
+    uint64_t progress = 0, nr_freed = 0;
     for (uint32_t r = 0; r < runs.nr; r++) {
         const struct dm_run *run = &runs.list[r];
         if (run->pfn != DM_NO_FRAME && !(dm_ref_flags(word) & DM_REF_EXCLUSIVE)) {
-            drop_shared(h, in, run, progress, &freed);
+            nr_freed += drop_shared(h, in, run, progress, &freed);
         } else if (run->pfn != DM_NO_FRAME) {
             dm_frames_leave_use(h, run->pfn, run->count);
             dm_frame_freed(h, run->pfn, run->count);
+            nr_freed += run->count;
         }
         progress += run->count;
         dm_intent_progress(in, progress); /* complete: the runs are not needed any more */
@@ -376,6 +383,7 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     dm_ref_free_overflow(h, entry);
     (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
+    DM_COUNT(h, frames_freed, nr_freed);
     dm_runs_free(&runs);
 }
 
