@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from dmrpc_cxl._native import Device
+from dmrpc_cxl._native import Device, crash_point
 from dmrpc_cxl.errors import OutOfFrames, PeerError, RemoteProtocolError
 
 from .connection import Connection
@@ -53,12 +53,15 @@ class Supply:
             OverQuota: the host holds as many frames as it may.
             HostFenced: the host left or died meanwhile.
             PeerError: the connection ended meanwhile; nothing was granted.
+
+        A coordinator that stops waits for nothing: what is raised then is not the last word.
         """
         want, min_run = max(ask.want, ask.min_run), max(ask.min_run, 1)
         if want < 1:
             raise RemoteProtocolError("GRANT asks for no frame")
         try:
             runs = await self._grant(connection, host, want, min_run)
+            crash_point("grant_unanswered")
         except OutOfFrames:
             self._ledger.totals.grants_refused += 1
             raise
@@ -93,7 +96,7 @@ class Supply:
                     if await self._hosts.find_lost_frames():
                         continue
                 awaited = self._recall(host, want, min_run) or self._hosts.reclaiming
-                if not awaited or loop.time() >= deadline:
+                if not awaited or loop.time() >= deadline or self._changes.over:
                     raise
             await self._changes.next(connection, deadline - loop.time())
 
@@ -106,6 +109,7 @@ class Supply:
         host.owes_answer_until = 0.0
         host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
         self._frames.take_back(host.account, runs)
+        crash_point("return_counted")
         self._changes.announce()
 
     def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:
@@ -119,7 +123,7 @@ class Supply:
         for host in self._hosts:
             if host is not short and host.account.alive and now >= host.not_asked_before:
                 entry = self._device.host(host.account.host)
-                spare = entry["nr_free"] - entry["nr_reserved"]
+                spare = entry["nr_free"] + entry["nr_coming_home"] - entry["nr_reserved"]
                 if spare > 0:
                     idle.append((spare, host))
         for spare, host in sorted(idle, key=lambda found: -found[0]):

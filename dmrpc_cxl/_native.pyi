@@ -171,7 +171,7 @@ class Scrub:
 
     @property
     def suspects(self) -> list[dict[str, Any]]:
-        """Frames that the last look found wrong."""
+        """Frames and Refs that the last look found wrong."""
 
     @property
     def nr_overlooked(self) -> int:
@@ -193,7 +193,7 @@ class Ref:
     def to_bytes(self) -> bytes: ...
     @staticmethod
     def from_bytes(data: Buffer_, host: Host | None = None) -> Ref: ...
-    def accept(self) -> Ref: ...
+    def accept(self, *, anew: bool = False) -> Ref: ...
     def clone(self) -> Ref: ...
     def drop(self) -> bool: ...
 
@@ -542,3 +542,22 @@ class Relay:
     def nr_waiting(self) -> int: ...
     def close(self) -> None:
         """Let go of everything but the connections' own descriptors. Idempotent."""
+
+# ---------------------------------------------------------------- crash points (_crash.pxi)
+
+CRASH_POINTS: dict[str, str]
+"""What each label of csrc/crash.h says has been done, in the order of that file."""
+CRASH_RECORD_BYTES: int
+"""Size of the file that counts passes and deaths."""
+
+def crash_point(label: str) -> None:
+    """Say that the step of that label has been taken."""
+
+def crash_at(label: str, passes: int = 1, record: str | None = None) -> None:
+    """Let this process kill itself at the passes-th time it comes to a label; "none": only count.
+
+    Raises KeyError: no such label.
+    """
+
+def crash_record(data: Buffer_) -> tuple[dict[str, int], dict[str, int]]:
+    """Return ({label: passes}, {label: deaths}) of the bytes of a record."""

@@ -190,7 +190,9 @@ static void call(struct dm_relay *y, struct dm_peer *client, char *frame,
     COUNT(y->nr_forwarded, 1);
     COUNT(y->bytes_forwarded, h->size);
     COUNT(backend->nr_forwarded, 1);
+    DM_CRASH_POINT(relay_noted);
     (void)send_to(y, backend, frame, h->size, client);
+    DM_CRASH_POINT(relay_sent);
 }
 
 static void from_client(struct dm_relay *y, struct dm_peer *client, char *frame,
@@ -238,7 +240,9 @@ static void reply(struct dm_relay *y, struct dm_peer *backend, char *frame,
     if (client) {
         memcpy(frame + offsetof(struct dm_frame, call_id), &c->id[DM_CLIENT], 8);
         COUNT(y->bytes_forwarded, h->size);
+        DM_CRASH_POINT(relay_answered);
         sent = send_to(y, client, frame, h->size, backend);
+        DM_CRASH_POINT(relay_replied);
     }
     if (sent && h->nr_refs) {
         remember(c);

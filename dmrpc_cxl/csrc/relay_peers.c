@@ -204,6 +204,7 @@ int dm_relay_remove(struct dm_relay *y, int64_t key, const char *lost, uint64_t 
     else
         end_backend(y, p, lost);
     dm_relay_flush(y); /* it may be the last thing that is done */
+    DM_CRASH_POINT(relay_ended);
     pthread_mutex_lock(&y->lock);
     y->peers[key & ((1 << DM_PLACE_BITS) - 1)] = NULL;
     *nr_forwarded = atomic_load(&p->nr_forwarded);

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .._native import crash_point
 from ..errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -314,6 +315,8 @@ class _Caller(Prepared):
         encoded = self.encode(arguments, keywords)
         pending = SyncPending(self.name, self.reader, deadline)
         pending.refs = encoded.refs
+        if encoded.refs:
+            crash_point("call_written")
         try:
             try:
                 connection.submit(self, pending, encoded, meta)
@@ -326,6 +329,8 @@ class _Caller(Prepared):
         except BaseException:
             link.marshaller.take_back(encoded)
             raise
+        if encoded.refs:
+            crash_point("call_sent")
         return pending
 
     def _intercepted(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

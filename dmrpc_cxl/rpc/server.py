@@ -42,7 +42,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from .._native import WaitSet
+from .._native import WaitSet, crash_point
 from ..errors import (
     AccessDenied,
     BadRef,
@@ -446,6 +446,8 @@ class Server:
             )
             call.since = now
             connection.calls[call_id] = call
+            if frame.nr_refs:
+                crash_point("call_admitted")
             return call
         if frame.kind == Kind.CANCEL:
             self._cancel(connection, frame.call_id)
@@ -465,6 +467,7 @@ class Server:
         for known, refs in list(connection.unsettled):
             if known == call_id:
                 self.host.drop_refs(refs)
+                crash_point("reply_discarded")
 
     def _refuse(self, connection: _Connection, call_id: int, code: Code, error: DmError) -> None:
         self.counts[code.name.lower()] += 1
@@ -503,6 +506,8 @@ class Server:
                 box.append(bound.function(*box.pop()))
             if call.cancelled:  # Refs in the reply would lie there until the client reads again
                 call.check()
+            if frame.nr_refs:
+                crash_point("method_returned")
             phase = Code.BAD_RESULT
             self._reply(connection, call_id, frame.flags, box)
         except BaseException as error:  # whatever a method raises is the caller's
@@ -566,6 +571,8 @@ class Server:
         finally:
             box.clear()
         refs = bytes(encoded.refs)
+        if refs:
+            crash_point("reply_written")
         try:
             head = frames.head(
                 Kind.REPLY,
@@ -583,7 +590,10 @@ class Server:
                 )
             if refs:
                 self._remember(connection, call_id, refs)
+                crash_point("reply_remembered")
             self._send(connection, (head, *encoded.inline))
+            if refs:
+                crash_point("reply_sent")
         except BaseException:
             if refs:
                 self.host.drop_refs(refs)
@@ -664,6 +674,8 @@ class Server:
                     box.append(await box.pop())
                 if call.cancelled:
                     call.check()
+                if frame.nr_refs:
+                    crash_point("method_returned")
                 phase = Code.BAD_RESULT
                 self._reply(connection, call_id, flags, box)
             except BaseException as error:
@@ -753,6 +765,7 @@ class Server:
             connection.backlog.clear()
         if unsettled and not self.host.detached:
             self.host.drop_refs(unsettled)
+            crash_point("refs_taken_back")
         for call in list(connection.calls.values()):
             call.cancel()
         log.debug("%s: connection %d closed: %s", self.name, connection.key, reason)
