@@ -43,7 +43,12 @@ def _serve(connection: Connection, fabric: str | None, options: dict[str, Any]) 
         except Exception:
             answer = (False, traceback.format_exc())
         connection.send(answer)
-        del function, args, work, answer  # or what they hold would live until the next piece of work
+        del (
+            function,
+            args,
+            work,
+            answer,
+        )  # or what they hold would live until the next piece of work
     if host is not None:
         host.detach()
     with contextlib.suppress(BrokenPipeError):
@@ -94,9 +99,7 @@ class Peer:
             fine, value = self._connection.recv()
         except EOFError:
             self._process.join(10)
-            raise PeerFailed(
-                f"process {self.pid} ended with {self._process.exitcode}"
-            ) from None
+            raise PeerFailed(f"process {self.pid} ended with {self._process.exitcode}") from None
         if not fine:
             raise PeerFailed(value)
         return value

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import dmrpc_cxl
+from dmrpc_cxl.fabric import device
 from dmrpc_cxl.rpc import Forwarder, Server
 
 from .machine import median, quiet
@@ -29,6 +30,7 @@ from .peers import Peer, running_fabric
 MIB = 1 << 20
 SEED = 1
 PINNED_CPU = 0
+LEAVE_SECONDS = 10.0
 SETTLE_SECONDS = 0.002  # what a server does behind its reply belongs to the block as well
 COLD_BYTES = 64 * MIB  # ordinary arrays that take turns have so many bytes together
 COLD_ARRAYS = 512  # but are no more than this
@@ -160,6 +162,21 @@ def stage(size: int = 512 * MIB) -> Iterator[Stage]:
                 peer.kill()
             raise
         made.leave()
+        _expect_all_free(name)
+
+
+def _expect_all_free(fabric: str) -> None:
+    """Check that every frame is back and no Ref alive, now that everybody has left; the coordinator may still be at it."""
+    give_up = time.monotonic() + LEAVE_SECONDS
+    with device.open(fabric, writable=False) as opened:
+        while True:
+            audit = opened.audit()
+            held = {what: audit[what] for what in ("in_use", "live_refs", "nr_violations")}
+            if not any(held.values()):
+                return
+            if time.monotonic() > give_up:
+                raise AssertionError(f"everybody has left {fabric}, and yet: {held}")
+            time.sleep(SETTLE_SECONDS)
 
 
 PLACES: tuple[tuple[str, int | None], ...] = (("one CPU", PINNED_CPU), ("free", None))

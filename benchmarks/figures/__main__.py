@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import plots, report
 from .runner import Case, Options, Ticker, facts
 
-FIGURES = ("e0", "fig05", "fig06", "fig07", "fig08", "fig12")
+FIGURES = ("e0", "fig05", "fig06", "fig07", "fig08", "fig10", "fig12")
 
 
 class Bars(Ticker):
@@ -67,7 +67,9 @@ def measure(name: str, options: Options, ticker: Ticker) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(FIGURES), help="Measure these figures only.")
+@click.option(
+    "--only", multiple=True, type=click.Choice(FIGURES), help="Measure these figures only."
+)
 @click.option("--quick", is_flag=True, help="Fewer points, shorter blocks, three rounds, one CPU.")
 @click.option("--rounds", type=click.IntRange(1), help="Blocks of each point [5, quick 3].")
 @click.option("--variant", "variants", multiple=True, help="Measure these variants only.")

@@ -123,9 +123,7 @@ def one_by_one(
     return Block(run_them, lambda: compare(kept, expected))
 
 
-def windowed(
-    start: Callable[[], Any], expected: Callable[[], Any], window: int
-) -> Block:
+def windowed(start: Callable[[], Any], expected: Callable[[], Any], window: int) -> Block:
     """Return a block that keeps `window` requests under way; start() sends one and returns its future."""
     kept: list[Any] = []
     now = time.perf_counter_ns

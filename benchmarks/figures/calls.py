@@ -55,8 +55,6 @@ def total_block(
     def expected() -> float:
         return next(sums)
 
-    block = (
-        one_by_one(request, expected) if window == 1 else windowed(request, expected, window)
-    )
+    block = one_by_one(request, expected) if window == 1 else windowed(request, expected, window)
     block.close = made.clear
     return block

@@ -19,7 +19,9 @@ from .summary import Point, Points, bytes_text, point
 
 NAME = "e0"
 TITLE = "E0: what accesses and calls cost"
-CLAIMS = ("translating addresses in software takes 0.17 % of an access over the network; here the MMU does it",)
+CLAIMS = (
+    "translating addresses in software takes 0.17 % of an access over the network; here the MMU does it",
+)
 ACCESS_SIZES = (64, 1024, 4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
 CALL_SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
 CLIENT = "client"
@@ -32,13 +34,13 @@ ACCESSES = (
     ("read", SHARED),
 )
 WORKING_BYTES = 16 << 20  # of memory that accesses walk through
+TINY_WORKING_BYTES = 1 << 20
 SMALL_GROUP = 64  # of accesses that are timed together
 HEIGHT = 5.0
 
 
-def access_block(host: Any, what: str, where: str, size: int) -> Block:
+def access_block(host: Any, what: str, where: str, size: int, room: int) -> Block:
     """Return a block of copies into or out of some memory."""
-    room = max(WORKING_BYTES, 2 * size)
     if where == PRIVATE:
         memory = np.ones(room, "u1")
     elif where == OWNED:
@@ -164,6 +166,7 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
         accesses, calls = ACCESS_SIZES[2::2], CALL_SIZES[1::2]
     if options.tiny:
         accesses, calls = (4096,), (32 << 10,)
+    room = TINY_WORKING_BYTES if options.tiny else WORKING_BYTES
     found: list[Point] = []
     with running(options, ticker) as runner:
         runner.on.start(CLIENT)
@@ -176,7 +179,12 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
                     {"size": size, "place": place, "kind": "access"},
                     (CLIENT,),
                     access_block,
-                    {"what": what, "where": where, "size": size},
+                    {
+                        "what": what,
+                        "where": where,
+                        "size": size,
+                        "room": max(room, 2 * size),
+                    },
                 )
                 for what, where in ACCESSES
                 for size in accesses
@@ -229,9 +237,7 @@ def headline(points: Points) -> str:
     )
     assert private is not None
     assert shared is not None
-    return (
-        f"reading {bytes_text(size)} of a shared mapping takes {shared / private:.2g} x as long as reading private memory"
-    )
+    return f"reading {bytes_text(size)} of a shared mapping takes {shared / private:.2g} x as long as reading private memory"
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:

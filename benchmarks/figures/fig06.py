@@ -47,8 +47,9 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     """Measure."""
     sizes = QUICK_SIZES[:2] if options.tiny else QUICK_SIZES if options.quick else SIZES
     found: list[Point] = []
-    clients = tuple(f"client-{i}" for i in range(1, PARTIES + 1))
-    workers = tuple(f"worker-{i}" for i in range(1, PARTIES + 1))
+    parties = 1 if options.tiny else PARTIES
+    clients = tuple(f"client-{i}" for i in range(1, parties + 1))
+    workers = tuple(f"worker-{i}" for i in range(1, parties + 1))
     with running(options, ticker) as runner:
         for name in workers:
             runner.on.start(name, serve)
@@ -170,5 +171,3 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             ax.set_ylabel(label)
             ax.set_title(f"({'abc'[column]}) {'rings' if transport == 'ring' else 'TCP'}, {place}")
     plots.legend(figure, axes)
-
-

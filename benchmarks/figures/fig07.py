@@ -38,6 +38,7 @@ LINES = (
     ("cxl-copy", "fresh"),
 )
 REGION_BYTES = 64 << 20  # that is walked through
+TINY_REGION_BYTES = 2 << 20
 GROUP_BYTES = 64 << 10  # calls timed together: a look at the clock must not count
 MOST_AT_ONCE = 16
 CLIENT = "client"
@@ -46,10 +47,10 @@ CLIENT = "client"
 class _Walk:
     """Buffers in DM, in turn, all written."""
 
-    def __init__(self, host: Any, size: int) -> None:
+    def __init__(self, host: Any, size: int, region: int) -> None:
         self.host = host
         self.size = size
-        number = max(REGION_BYTES // size, 2)
+        number = max(region // size, 2)
         self.arrays = [host.empty(size, "u1") for _ in range(number)]
         for array in self.arrays:
             array[:] = 1
@@ -71,7 +72,7 @@ def eager(host: Any, array: Any) -> Any:
     return host.create_ref(buffer, move=True)
 
 
-def refs_block(host: Any, variant: str, mode: str, size: int) -> Block:
+def refs_block(host: Any, variant: str, mode: str, size: int, region: int) -> Block:
     """Return a block of create_refs; requests are calls."""
     group = 1 if mode in ("first", "fresh") else max(min(GROUP_BYTES // size, MOST_AT_ONCE), 1)
     create: Callable[[Any], Any] = host.create_ref
@@ -85,7 +86,7 @@ def refs_block(host: Any, variant: str, mode: str, size: int) -> Block:
     if mode == "fresh":
         run = _whole_lives(host, create, size, counts)
     else:
-        walk = _Walk(host, size)
+        walk = _Walk(host, size, region)
         if mode == "pre-shared" and variant == "cxl":
             for array in walk.arrays:
                 create(array)
@@ -159,6 +160,7 @@ def _whole_lives(
 def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     """Measure."""
     sizes = QUICK_SIZES[1:3] if options.tiny else QUICK_SIZES if options.quick else SIZES
+    region = TINY_REGION_BYTES if options.tiny else REGION_BYTES
     found: list[Point] = []
     with running(options, ticker, 1 << 30) as runner:
         runner.on.start(CLIENT)
@@ -172,7 +174,7 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
                         {"size": size, "place": place},
                         (CLIENT,),
                         refs_block,
-                        {"variant": variant, "mode": mode, "size": size},
+                        {"variant": variant, "mode": mode, "size": size, "region": region},
                         ("coordinator",),
                     )
                     for variant, mode in LINES
@@ -204,7 +206,9 @@ def bars(points: Points) -> list[dict[str, Any]]:
             ("first", "never shared before"),
             ("fresh", "whole life of the buffer"),
         ):
-            above = [(size, one) for size, one in _ratios(points, "p50_us", mode, place) if size > 16384]
+            above = [
+                (size, one) for size, one in _ratios(points, "p50_us", mode, place) if size > 16384
+            ]
             if above:
                 size, worst = min(above, key=lambda item: item[1]["median"])
                 made.append(

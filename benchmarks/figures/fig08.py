@@ -91,9 +91,7 @@ def parties(
                 one.stop()
 
 
-def case(
-    who: Parties, variant: str, mode: str, params: dict[str, Any], transport: str
-) -> Case:
+def case(who: Parties, variant: str, mode: str, params: dict[str, Any], transport: str) -> Case:
     """Return one point: a share of a block, sent by a variant."""
     pages = round(params["block"] // PAGE * params["share"] / 100)
     arguments = who.arguments | {
@@ -137,8 +135,13 @@ def cases(
     ]
     if size == SMALL and not options.tiny:
         made += [
-            case(who[name], name, "fresh" if name != "cxl-copy" else "shared",
-                 base | {"share": share, "window": WINDOW}, transport)
+            case(
+                who[name],
+                name,
+                "fresh" if name != "cxl-copy" else "shared",
+                base | {"share": share, "window": WINDOW},
+                transport,
+            )
             for name in PIPELINED
             if name in who and (transport == "ring" or name in ("value", "cxl", "ray"))
             for share in (0.0, 100.0)
@@ -164,16 +167,22 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     }
     skipped: dict[str, str] = {}
     found: list[Point] = []
-    with running(options, ticker) as runner:
-        with parties(runner, [name for name in names if name in wanted], skipped) as who:
-            for place in options.places:
-                runner.pin(place)
-                for transport in options.transports:
-                    for size in (SMALL,) if options.tiny else (SMALL, LARGE):
-                        what = f"{bytes_text(size)}, {transport}, {place}"
-                        series = runner.measure(cases(who, size, transport, place, options), what)
-                        found += map(point, series)
-    return {"points": found, "bars": bars(Points(found)), "skipped": skipped}
+    chosen = [name for name in names if name in wanted]
+    with running(options, ticker) as runner, parties(runner, chosen, skipped) as who:
+        for place in options.places:
+            runner.pin(place)
+            for transport in options.transports:
+                for size in (SMALL,) if options.tiny else (SMALL, LARGE):
+                    what = f"{bytes_text(size)}, {transport}, {place}"
+                    series = runner.measure(cases(who, size, transport, place, options), what)
+                    found += map(point, series)
+    points = Points(found)
+    return {
+        "points": found,
+        "bars": bars(points),
+        "skipped": skipped,
+        "headline": headline(points),
+    }
 
 
 # ---------------------------------------------------------------- what came of it
@@ -228,7 +237,13 @@ def _against_ray(points: Points, where: dict[str, Any], told: str) -> list[dict[
     asked = (
         ("0 % written: latency of Ray against ours", ray, fresh, 0.0, 100),
         ("100 % written, shared: latency of Ray against ours", ray, shared, 100.0, 25),
-        ("100 % written, shared: latency of a compiled graph against ours", graph, shared, 100.0, 8),
+        (
+            "100 % written, shared: latency of a compiled graph against ours",
+            graph,
+            shared,
+            100.0,
+            8,
+        ),
     )
     made = [
         bar(f"32 KiB, {what}, {told}", found, limit)
@@ -238,14 +253,16 @@ def _against_ray(points: Points, where: dict[str, Any], told: str) -> list[dict[
     found = points.ratio("per_second", fresh, ray, share=0.0, window=WINDOW, **which)
     if found:
         made.append(
-            bar(f"32 KiB, {WINDOW} under way, 0 % written: throughput against Ray's, {told}", found, 62)
+            bar(
+                f"32 KiB, {WINDOW} under way, 0 % written: throughput against Ray's, {told}",
+                found,
+                62,
+            )
         )
     return made
 
 
-def _against(
-    points: Points, other: str, where: dict[str, Any], told: str
-) -> list[dict[str, Any]]:
+def _against(points: Points, other: str, where: dict[str, Any], told: str) -> list[dict[str, Any]]:
     says = {"store": "an object store", "shm": "shared memory by hand"}[other]
     made = []
     for size in (SMALL, LARGE):
@@ -255,7 +272,9 @@ def _against(
         kept, kept_share = _worst(points, other, size, "shared", **where)
         note = f"at {share:g} % written"
         if kept is not None:
-            note += f"; with a block that its sender keeps {kept['median']:.2g} x, at {kept_share:g} %"
+            note += (
+                f"; with a block that its sender keeps {kept['median']:.2g} x, at {kept_share:g} %"
+            )
         made.append(
             bar(
                 f"{bytes_text(size)}: latency of {says} against ours, worst share, {told}",
@@ -269,10 +288,39 @@ def _against(
                 "p50_us",
                 {"variant": other, "mode": "fresh"},
                 {"variant": "cxl", "mode": "fresh"},
-                block=size, share=0.0, stored=PAGE, window=1, **where,
+                block=size,
+                share=0.0,
+                stored=PAGE,
+                window=1,
+                **where,
             )
-            made.append(bar(f"1 MiB, 0 % written: latency of {says} against ours, {told}", found, 2))
+            made.append(
+                bar(f"1 MiB, 0 % written: latency of {says} against ours, {told}", found, 2)
+            )
     return made
+
+
+def headline(points: Points) -> str:
+    """Return what was measured, in one sentence."""
+    place = plots.preferred(points.values("place"), "one CPU")
+    where = {"place": place, "transport": "ring", "block": SMALL, "stored": PAGE, "window": 1}
+    told = []
+    for other, says in (("ray", "Ray"), ("ray-cg", "a compiled graph of Ray"), ("store", "an object store"),
+                        ("shm", "shared memory by hand")):  # fmt: skip
+        each = [
+            points.ratio(
+                "p50_us", {"variant": other, "mode": "fresh"}, {"variant": "cxl", "mode": mode},
+                share=share, **where,
+            )
+            for mode, share in (("fresh", 0.0), ("shared", 100.0))
+        ]  # fmt: skip
+        if each[0] and each[1]:
+            told.append(
+                f"{says} takes {each[0]['median']:.3g} and {each[1]['median']:.3g} x as long"
+            )
+    if not told:
+        return ""
+    return f"32 KiB, {place}, with nothing written, and with all of a shared block written: {'; '.join(told)}"
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:

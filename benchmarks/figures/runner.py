@@ -31,6 +31,7 @@ SEED = 1
 PATIENCE_SECONDS = 120.0  # for one block
 MIN_REQUESTS, MAX_REQUESTS = 3, 20_000
 PROBE_REQUESTS = 3
+TINY_DEVICE = 256 << 20
 
 
 @dataclass
@@ -84,8 +85,10 @@ class Case:
     seconds: float | None = None  # of one block, if not the run's
     max_requests: int = MAX_REQUESTS
     traffic: bool = True  # its processes have a host, and rings or sockets
+    before: Callable[[], None] | None = None  # called before every block of it
     gauges: Callable[[], Mapping[str, float]] | None = None  # more to read before and after a block
     requests: int = 0  # in one block; found out while warming up
+    fastest: float = float("inf")  # seconds for a request, in the fastest block so far
 
     @property
     def label(self) -> str:
@@ -185,6 +188,7 @@ class Runner:
                 for key, case in order:
                     sample = self._block(key, case, case.requests, wire=i == 0)
                     found[int(key)].samples.append(sample)
+                    self._adapt(case, sample)
                     self.ticker.advance(case)
             for client in {client for _, case in order for client in case.clients}:
                 keys = [key for key, case in order if client in case.clients]
@@ -199,14 +203,19 @@ class Runner:
         requests = min(PROBE_REQUESTS, case.max_requests)
         while True:
             sample = self._block(key, case, requests)
-            each = sample.block_ns / 1e9 / requests
+            self._adapt(case, sample)
             enough = sample.block_ns / 1e9 > seconds / 4 or requests * 4 > case.max_requests
             if enough or requests >= PROBE_REQUESTS << 10:
                 break
             requests *= 4
-        wanted = int(seconds / each)
-        case.requests = max(min(wanted, case.max_requests), min(MIN_REQUESTS, case.max_requests))
         self.ticker.advance(case)
+
+    def _adapt(self, case: Case, sample: Sample) -> None:
+        """Make blocks as long as they should be, by the fastest block so far: what disturbed others is not theirs."""
+        each = sample.block_ns / 1e9 / sample.requests
+        case.fastest = min(each, case.fastest)
+        wanted = int((case.seconds or self.options.seconds) / case.fastest)
+        case.requests = max(min(wanted, case.max_requests), min(MIN_REQUESTS, case.max_requests))
 
     def _counters(self, case: Case, wire: bool) -> dict[str, float]:
         """Return what the DM layer of all hosts and the transports of this case's processes have counted so far."""
@@ -230,6 +239,8 @@ class Runner:
 
     def _block(self, key: str, case: Case, requests: int, wire: bool = False) -> Sample:
         """Run one block; wire: ask every process what it has sent, which takes longer than some blocks."""
+        if case.before is not None:
+            case.before()
         pids = {name: self.on.pids[name] for name in case.processes}
         if case.pids is not None:
             pids |= case.pids()
@@ -312,9 +323,11 @@ def pin_processes(pids: Iterable[int], cpu: int | None) -> None:
 
 
 @contextlib.contextmanager
-def running(options: Options, ticker: Ticker | None = None, size: int = 512 << 20) -> Iterator[Runner]:
+def running(
+    options: Options, ticker: Ticker | None = None, size: int = 512 << 20
+) -> Iterator[Runner]:
     """Run a stage and a runner on it."""
-    with rpc_stage.stage(size) as on:
+    with rpc_stage.stage(TINY_DEVICE if options.tiny else size) as on:
         runner = Runner(on, options, ticker)
         try:
             yield runner

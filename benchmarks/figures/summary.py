@@ -88,7 +88,9 @@ def point(series: Series) -> Point:
             for name in samples[0].cpu_ns
         },
         "each": {
-            name: statistics.median(sample.each(name) for sample in samples if name in sample.counters)
+            name: statistics.median(
+                sample.each(name) for sample in samples if name in sample.counters
+            )
             for name in dict.fromkeys(name for sample in samples for name in sample.counters)
             if any(sample.counters.get(name) for sample in samples)
         },

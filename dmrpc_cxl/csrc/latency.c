@@ -10,7 +10,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
-#define PAY_PS 2000000 /* wait once that much is owed: below, a look at the clock would be most of it */
+#define PAY_PS                                                                                     \
+    2000000 /* wait once that much is owed: below, a look at the clock would be most of it */
 #define CHASE_BYTES (128ull << 20)
 #define CHASE_STEP 128 /* lines come in pairs: touch one of each */
 #define CHASE_LOADS 20000
@@ -97,8 +98,8 @@ static double chase(const unsigned char *memory) {
 static struct dm_latency_measured measured;
 
 static void measure(void) {
-    unsigned char *memory = mmap(NULL, CHASE_BYTES, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    unsigned char *memory =
+        mmap(NULL, CHASE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     measured.local_ns = 100; /* if there is no memory to try it on */
     if (memory != MAP_FAILED) {
         madvise(memory, CHASE_BYTES, MADV_HUGEPAGE);

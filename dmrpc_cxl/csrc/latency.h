@@ -26,13 +26,14 @@
 #define DM_LATENCY_MAX_OVERLAP 1024u
 
 struct dm_latency {
-    uint64_t line_ps;   /* what a line takes longer, in ps; 0: off. Atomic, relaxed: it may be set at any time */
+    uint64_t
+        line_ps; /* what a line takes longer, in ps; 0: off. Atomic, relaxed: it may be set at any time */
     uint64_t last_line; /* line of words touched last; relaxed: a guess what is in the cache */
 
     pthread_mutex_t lock; /* guards what follows; held for a few additions */
     uint32_t overlap;
     uint64_t charge_ps; /* what charging itself takes: part of the wait */
-    int64_t owed_ps; /* not spun yet; below 0: spun too long */
+    int64_t owed_ps;    /* not spun yet; below 0: spun too long */
     uint64_t lines_alone, lines_copied, waits;
     uint64_t owed_ns, waited_ns; /* in all; ps that are not whole ns yet stay in owed_rest_ps */
     uint64_t owed_rest_ps;
@@ -63,8 +64,8 @@ static inline void dm_latency_words(struct dm_latency *l, unsigned table, uint64
         return;
     uint64_t from = first / DM_WORDS_PER_LINE, to = (first + nr - 1) / DM_WORDS_PER_LINE;
     uint64_t named = (uint64_t)(table + 1) << 56;
-    uint64_t lines = to - from + 1 -
-                     (__atomic_load_n(&l->last_line, __ATOMIC_RELAXED) == (named | from));
+    uint64_t lines =
+        to - from + 1 - (__atomic_load_n(&l->last_line, __ATOMIC_RELAXED) == (named | from));
     __atomic_store_n(&l->last_line, named | to, __ATOMIC_RELAXED);
     if (lines)
         dm_latency_charge(l, lines, 0);

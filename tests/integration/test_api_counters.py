@@ -50,7 +50,14 @@ def allocate_lazily(at: At) -> Act:
     return lambda at: setattr(at, "buffer", at.host.ralloc(10 * PAGE, lazy=True))
 
 
-@row(wp_faults=1, frames_filled=1, frames_allocated=1, bytes_zeroed=PAGE, frames_copied=0, handler_wakeups=1)
+@row(
+    wp_faults=1,
+    frames_filled=1,
+    frames_allocated=1,
+    bytes_zeroed=PAGE,
+    frames_copied=0,
+    handler_wakeups=1,
+)
 def write_to_a_hole(at: At) -> Act:
     at.buffer = at.host.ralloc(10 * PAGE, lazy=True)
     return lambda at: memoryview(at.buffer).__setitem__(3 * PAGE, 1)

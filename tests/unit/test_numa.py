@@ -41,7 +41,9 @@ def test_the_frames_of_a_device_are_bound_to_the_node_asked_for(name: str) -> No
 
 
 def test_a_node_without_memory_is_refused_and_nothing_is_left_behind(name: str) -> None:
-    with pytest.raises(EnvironmentFault, match="node 999 has no memory: this machine has memory on"):
+    with pytest.raises(
+        EnvironmentFault, match="node 999 has no memory: this machine has memory on"
+    ):
         device.create(name, size=8 * MIB, numa_node=999)
     assert not device.path_of(name).exists()
 

@@ -87,9 +87,7 @@ class RayWriter:
         return self.write(*sent)
 
 
-def ray_block(
-    host: Any, mode: str, size: int, pages: int, nbytes: int, window: int = 1
-) -> Block:
+def ray_block(host: Any, mode: str, size: int, pages: int, nbytes: int, window: int = 1) -> Block:
     """Return a block of requests to the actor."""
     import ray
 
@@ -223,10 +221,10 @@ def _end(pids: Mapping[str, int]) -> None:
 
 
 def _start_spark(host: Any, name: str, folder: str) -> None:
-    from pyspark.sql import SparkSession
-
     # Workers are other interpreters: they find this package where we do.
     import sys
+
+    from pyspark.sql import SparkSession
 
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     os.environ["PYSPARK_PYTHON"] = sys.executable
@@ -257,9 +255,7 @@ def _write_broadcast(block: Any, pages: int, nbytes: int, value: int) -> int:
     return overwrite(data.copy() if pages else data, pages, nbytes, value)
 
 
-def spark_block(
-    host: Any, mode: str, size: int, pages: int, nbytes: int, window: int = 1
-) -> Block:
+def spark_block(host: Any, mode: str, size: int, pages: int, nbytes: int, window: int = 1) -> Block:
     """Return a block of jobs."""
     if window != 1:
         raise ValueError("one job at a time")

@@ -11,7 +11,7 @@ into a DM buffer of its own, made for this request, keeps it while the receiver 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,9 +27,7 @@ CLIENT, WRITER, ONE_PAGE_WRITER = "client", "writer", "one-page-writer"
 class Writer:
     """Stores to a share of the blocks that it is sent."""
 
-    def write(
-        self, block: np.ndarray[Any, Any], pages: int, nbytes: int, value: int
-    ) -> int:
+    def write(self, block: np.ndarray[Any, Any], pages: int, nbytes: int, value: int) -> int:
         return overwrite(block, pages, nbytes, value)
 
 
@@ -60,6 +58,8 @@ def write_block(
         block, value = requests.next()
         array = host.empty(size, "u1")
         np.copyto(array, block)
+        if host.emulates_latency:
+            host.charge(size)
         return method(array, pages, nbytes, value)
 
     def pre_shared() -> Any:
@@ -80,7 +80,7 @@ class _OverRpc(Writing):
     """What the variants of the RPC layer share."""
 
     writer = WRITER
-    options: dict[str, Any] = {}  # of the writer's attach()
+    options: ClassVar[dict[str, Any]] = {}  # of the writer's attach()
 
     def start(self, runner: Runner) -> Parties:
         on = runner.on
@@ -126,7 +126,7 @@ class OnePage(ByRef):
     marker = "v"
     modes = ("shared", "pre-shared")
     writer = ONE_PAGE_WRITER
-    options = {"copy_around": 1}
+    options: ClassVar[dict[str, Any]] = {"copy_around": 1}
 
 
 class EagerCopy(_OverRpc):

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 PAGE = 4096
-COLD_BYTES = 32 << 20  # source arrays that take turns have so many bytes together, so that they are not in a cache
+COLD_BYTES = (
+    32 << 20
+)  # source arrays that take turns have so many bytes together, so that they are not in a cache
 MOST_SOURCES = 512
 VALUES = 97  # stored values run from 100 on
 
