@@ -60,6 +60,8 @@ class LiveHost:
         self.retirement: asyncio.Task[None] | None = None
         self.not_asked_before = 0.0
         self.owes_answer_until = 0.0
+        self.asked_for_all = False
+        """The last recall left it nothing to keep."""
 
     def __str__(self) -> str:
         pid = f", pid {self.process.pid}" if self.process else ""

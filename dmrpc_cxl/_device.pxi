@@ -142,7 +142,7 @@ cdef dict _structs():
         ]),
         "recall": _packing(sizeof(dm_msg_recall), [
             ("want", <size_t>&recall.want, sizeof(recall.want), False),
-            ("reserved", <size_t>&recall.reserved, sizeof(recall.reserved), False),
+            ("keep", <size_t>&recall.keep, sizeof(recall.keep), False),
         ]),
         "run": _packing(sizeof(dm_run), [
             ("pfn", <size_t>&run.pfn, sizeof(run.pfn), False),

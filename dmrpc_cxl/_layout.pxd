@@ -277,7 +277,7 @@ cdef extern from "csrc/wire.h" nogil:
 
     cdef struct dm_msg_recall:
         uint32_t want
-        uint32_t reserved
+        uint32_t keep
 
 
 cdef extern from "csrc/device.h" nogil:

@@ -148,3 +148,10 @@ bool dm_search_home(struct dm_host *h) {
     dm_rescan_owned(h);
     return true;
 }
+
+/* Take in all that others have handed over. */
+void dm_all_home(struct dm_host *h) {
+    dm_welcome_home(h);
+    if (__atomic_load_n(&h->entry->homecoming.nr_frames, __ATOMIC_RELAXED))
+        dm_rescan_owned(h);
+}

@@ -267,6 +267,7 @@ int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_ru
 int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run,
               struct dm_error *e);
 int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_error *e);
+int dm_give_back_none(struct dm_host *h, struct dm_link *l, struct dm_error *e);
 void dm_rescan_owned(struct dm_host *h);
 void dm_add_owned(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs);
 
@@ -275,6 +276,7 @@ bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr);
 bool dm_take_in(struct dm_host *h, uint32_t pfn);
 void dm_take_hints(struct dm_host *h);
 bool dm_search_home(struct dm_host *h);
+void dm_all_home(struct dm_host *h);
 static inline void dm_welcome_home(struct dm_host *h) {
     if (__builtin_expect(
             __atomic_load_n(&h->entry->homecoming.nr_hints, __ATOMIC_RELAXED) != h->hints_seen, 0))

@@ -121,7 +121,6 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
     enum { MAX_RUNS = 2048 };
     struct dm_run runs[MAX_RUNS];
     dm_welcome_home(h);
-    (void)dm_search_home(h);
     if (keep < h->nr_reserved)
         keep = h->nr_reserved;
     while (h->free.nr_free > keep) {
@@ -155,6 +154,11 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
             return DM_OK;
     }
     return DM_OK;
+}
+
+/* Tell the coordinator, which asked for frames, that there are none to be had here. */
+int dm_give_back_none(struct dm_host *h, struct dm_link *l, struct dm_error *e) {
+    return request(h, l, DM_MSG_RETURN, NULL, 0, NULL, 0, NULL, e);
 }
 
 /* Take a run of exactly nr frames, asking the coordinator when short. */

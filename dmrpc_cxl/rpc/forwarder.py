@@ -1,9 +1,12 @@
-"""A load balancer that passes calls on as they are.
+"""A load balancer, or a gate, that passes calls on as they are.
 
 Frames are passed on by native code (Relay; csrc/relay.c says how): it reads headers only, payload is neither decoded nor
 copied to anywhere but the next connection, and DM is never touched. A Ref in a call stays its sender's until the backend
 accepts it, so a forwarder that dies takes nothing with it. A reply that can no longer be delivered is handed back to its
 backend with DISCARD, which drops its Refs.
+
+Python is asked about a call only where somebody gave a function for that. It sees the plain values of the message and says
+where the call goes, or raises; the frame itself stays where it is.
 
 What is here happens to connections, not to frames: listening, handshakes, finding backends again, and what to say when one is
 lost. One thread does it, and runs the relay in between. A second one exists while a backend is missing, and tries to
@@ -20,9 +23,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
-from .._native import RELAY_BROKE, RELAY_ENDED, RELAY_FD, RELAY_LEAVING, Relay
+from .._native import RELAY_BROKE, RELAY_CALL, RELAY_ENDED, RELAY_FD, RELAY_LEAVING, Relay
 from ..errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -35,6 +39,7 @@ from ..errors import (
     RemoteProtocolError,
     ServiceExists,
     ServiceNotFound,
+    WrongArguments,
 )
 from ..host import Host
 from . import endpoint, frames
@@ -44,8 +49,12 @@ from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_uni
 from .forks import not_for_children, release
 from .frames import Code, Welcome
 from .link import Backoff
+from .passing import Passing
 
-__all__ = ["Forwarder"]
+__all__ = ["Forwarder", "Policy", "Route"]
+
+Policy: TypeAlias = Literal["least-loaded", "round-robin"]
+Route: TypeAlias = Callable[[Passing], str | None]
 
 log = logging.getLogger("dmrpc.rpc")
 
@@ -69,16 +78,30 @@ def published_once(host: Host, name: str) -> None:
             raise ServiceExists(f"this host serves {name!r} already")
 
 
-class Forwarder:
-    """Serves under a name by passing every call on to the least loaded of several services with the same methods.
+# What the function that decides may raise besides errors of its own, which arrive as those of methods do.
+_CODES: dict[type[BaseException], Code] = {
+    WrongArguments: Code.BAD_ARGUMENTS,
+    RemoteProtocolError: Code.BAD_ARGUMENTS,
+    AccessDenied: Code.NOT_ALLOWED,
+    Overloaded: Code.OVERLOADED,
+    PeerLost: Code.PEER,
+}
 
-    Load is the number of calls without reply; among equals they take turns. A backend that dies is left out, its calls fail
-    with PeerLost, and it is tried again with growing pauses.
+
+class Forwarder:
+    """Serves under a name by passing every call on to one of several services with the same methods.
+
+    A backend that dies is left out, its calls fail with PeerLost, and it is tried again with growing pauses.
 
     Args:
         host: whose name service is used; the process needs no DM of its own.
         name: to publish.
         backends: names of services.
+        policy: "least-loaded", the one with the fewest calls without reply, among equals in turn; "round-robin", strictly in
+            turn, whatever their load.
+        route: called with each call, a Passing, in the thread that passes calls on: it must not wait. It returns the name
+            of a backend, or None to leave it to the policy. What it raises is raised in the caller, and the call goes
+            nowhere: its Refs are the caller's again.
         tcp: where to listen; None: rings only.
         max_outstanding: calls under way in all; more are refused as Overloaded.
 
@@ -95,6 +118,8 @@ class Forwarder:
         name: str,
         backends: Sequence[str],
         *,
+        policy: Policy = "least-loaded",
+        route: Route | None = None,
         transport: endpoint.Transport = "auto",
         tcp: str | tuple[str, int] | None = "127.0.0.1",
         max_outstanding: int = 4096,
@@ -104,9 +129,12 @@ class Forwarder:
     ) -> None:
         if not backends:
             raise ValueError("a forwarder needs the name of one backend at least")
+        if policy not in ("least-loaded", "round-robin"):
+            raise ValueError(f"policy: 'least-loaded' or 'round-robin', not {policy!r}")
         self.host = host
         self.name = name
         self._names = list(dict.fromkeys(backends))
+        self._route = route
         self._transport: endpoint.Transport = transport
         self._connect_timeout = connect_timeout
         self._max_connections = max_connections
@@ -133,6 +161,8 @@ class Forwarder:
                 0, Code.OVERLOADED, Overloaded(f"{name} has as many calls under way as it takes")
             ),
             error_frame(0, Code.PEER, PeerLost(f"{name}: no backend can be reached")),
+            in_turn=policy == "round-robin",
+            asks=route is not None,
         )
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
         try:
@@ -338,6 +368,9 @@ class Forwarder:
             self._end()
 
     def _event(self, what: int, key: int, text: str) -> None:
+        if what == RELAY_CALL:
+            self._decide()
+            return
         if what == RELAY_FD:
             if key in self._listeners:
                 self._accept(*self._listeners[key])
@@ -354,6 +387,31 @@ class Forwarder:
         elif what == RELAY_BROKE:
             log.warning("%s: closing a connection: %s", self.name, text)
             self._close(peer, text, error_frame(0, Code.VERSION, RemoteProtocolError(text)))
+
+    def _decide(self) -> None:
+        """Ask where a call is to go, and send it there, or back."""
+        assert self._route is not None
+        assert self._welcome is not None
+        number, flags, left_us, meta, body = self._relay.call()
+        methods = self._welcome.methods
+        try:
+            if number >= len(methods):
+                name = None  # the backend says that it has no such method
+            else:
+                name = self._route(Passing(methods[number].name, flags, left_us, meta, body))
+            if name is None:
+                self._relay.pass_on()
+                return
+            peer = self._backends.get(name)
+            if peer is not None:
+                self._relay.pass_on(peer.key)
+                return
+            if name not in self._names:
+                raise LookupError(f"{self.name} has no backend {name!r}")
+            raise PeerLost(f"{self.name}: backend {name} cannot be reached")
+        except Exception as error:
+            code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), Code.REMOTE)
+            self._relay.refuse(error_frame(0, code, error))
 
     # ------------------------------------------------------------ accepting
 

@@ -54,9 +54,17 @@ from ..errors import (
 from ..host import Host
 from . import frames
 from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
-from .ownership import Example, Moved, buffer_of_lonely, lonely_arrays, move, move_whole
+from .ownership import (
+    Example,
+    Moved,
+    buffer_of_lonely,
+    lonely_arrays,
+    move,
+    move_whole,
+    pass_on,
+)
 
-__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
+__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move", "pass_on"]
 
 Transfer: TypeAlias = Literal["auto", "value", "ref", "copy"]
 Serializer: TypeAlias = Literal["msgpack", "pickle"]

@@ -79,17 +79,16 @@ def attach_and_leave(raw: Raw) -> int:
 def stop_between_register_and_guard(fabric: Coordinated) -> RawHost:
     """Return a process that attaches, stopped when it is a host and not guarded yet."""
     while True:
-        guards = fabric.coordinator.nr_guards()
         host = fabric.process()
         host.start(attach_and_leave)
-        fabric.wait_until(lambda: any(entry["pid"] == host.pid for entry in fabric.device.hosts()))
+        fabric.wait_until(fabric.device.hosts)
         go_on = pause(host.pid)
         fabric.stats()  # whatever it had asked for before is answered
-        if fabric.coordinator.nr_guards() == guards:
+        if fabric.coordinator.nr_guards() == 0:
             return host
         go_on()  # it was faster
         assert host.result() == 3
-        fabric.wait_until(lambda: not fabric.device.hosts())
+        fabric.wait_until(lambda: not fabric.device.hosts() and not fabric.coordinator.nr_guards())
 
 
 def test_a_host_whose_coordinator_dies_while_it_attaches_goes_over_to_the_next_one(tmp_path):

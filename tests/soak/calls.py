@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,10 @@ from .plan import BALANCERS, SERVICES, SLOTS, Life
 
 AWAY = (PeerLost, ServiceNotFound, Overloaded)
 LATE = (DeadlineExceeded, CallCancelled)
-AWAY_NAMES = {"PeerLost", "ServiceNotFound", "ServiceStopping", "Overloaded"}
+AWAY_NAMES = {  # of what a service may raise that calls another one
+    *("PeerLost", "ServiceNotFound", "ServiceStopping", "Overloaded"),
+    *("DeadlineExceeded", "OutOfFrames"),
+}
 THREADS = 24  # more than there are callers: nested calls wait in circles otherwise
 CALL_SECONDS = 60.0  # a call that takes longer was forgotten by somebody
 CONNECT_SECONDS = 0.3
@@ -190,6 +194,7 @@ class Calls:
         """Make one call, or some of one kind."""
         (kind,) = rng.choices(list(self.kinds), list(self.kinds.values()))
         self._called = None
+        began = time.monotonic()
         try:
             kind(rng)
             self.tally[kind.__name__] += 1
@@ -199,8 +204,12 @@ class Calls:
                 self.lost.append(self._called)
         except OutOfFrames:
             self.tally["out of frames"] += 1
+        except DeadlineExceeded as error:
+            if time.monotonic() - began > CALL_SECONDS / 2:
+                raise Violation(f"{self._where(kind.__name__)}: forgotten: {error}") from error
+            self.tally["not connected in time"] += 1  # to one that is stopped
         except RemoteError as error:
-            if error.remote_type.rpartition(".")[2] not in {*AWAY_NAMES, "OutOfFrames"}:
+            if error.remote_type.rpartition(".")[2] not in AWAY_NAMES:
                 raise Violation(f"{self._where(kind.__name__)}: {error!r}") from error
             self.tally["away there"] += 1
 

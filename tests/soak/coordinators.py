@@ -174,5 +174,7 @@ class Coordinators:
 
     def stop(self, then: Callable[[], None]) -> None:
         """Stop the one that serves, in order."""
-        assert self.current is not None and not self.busy
+        assert self.current is not None
+        assert not self.busy
+        self.ready = False
         self._end(self.current, signal.SIGTERM, STOPPED, then)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import random
 import signal
@@ -104,10 +105,8 @@ class Slots:
             place.state = what
         self._loop.forget(place.child)
         code = place.child.wait()
-        try:
+        with contextlib.suppress(KeyError):
             self._loop.forget(place.pipe)
-        except KeyError:
-            pass
         place.pipe.close()
         planned = place.doomed or life(self._seed, place.slot, place.life).delay_us is not None
         if code == KILLED and planned:
