@@ -77,7 +77,7 @@ def traffic(host: dmrpc_cxl.Host | None) -> dict[str, int]:
     """Return what this process counted: bytes sent over its rings and sockets, sleeps, bytes copied by faults."""
     channels: list[Any] = [c._link.connection.channel for c in _clients.values()]
     for end in _here.values():
-        peers = end._connections if isinstance(end, Server) else end._peers
+        peers: dict[int, Any] = end._connections if isinstance(end, Server) else end._peers
         channels += [peer.channel for peer in list(peers.values())]
     rings = [channel.ring.stats() for channel in channels if channel.kind == "ring"]
     stats = host.stats() if host is not None else {"bytes_copied": 0}

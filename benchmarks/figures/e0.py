@@ -161,7 +161,8 @@ def call_block(host: Any, call: str, size: int) -> Block:
 
 def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     """Measure."""
-    accesses, calls = ACCESS_SIZES, CALL_SIZES
+    accesses: tuple[int, ...] = ACCESS_SIZES
+    calls: tuple[int, ...] = CALL_SIZES
     if options.quick:
         accesses, calls = ACCESS_SIZES[2::2], CALL_SIZES[1::2]
     if options.tiny:

@@ -156,13 +156,12 @@ def draw(result: dict[str, Any], figure: Any) -> None:
 
     for row, transport in enumerate(transports):
         chosen = {"place": place, "transport": transport}
-        for column, (what, label) in enumerate(
-            (
-                ("per_second", "calls per second"),
-                ("balancer_bytes", "bytes through the balancer for a call"),
-                (cpu, "CPU of the balancer for a call, us"),
-            )
-        ):
+        columns: tuple[tuple[Any, str], ...] = (
+            ("per_second", "calls per second"),
+            ("balancer_bytes", "bytes through the balancer for a call"),
+            (cpu, "CPU of the balancer for a call, us"),
+        )
+        for column, (what, label) in enumerate(columns):
             ax = axes[row][column]
             plots.lines(ax, points, "size", what, chosen)
             plots.sizes_axis(ax, points.values("size"))

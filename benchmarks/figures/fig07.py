@@ -103,7 +103,7 @@ def refs_block(host: Any, variant: str, mode: str, size: int, region: int) -> Bl
                     del array
                 else:
                     chosen = [walk.next() for _ in range(group)]
-                refs = [None] * group
+                refs: list[Any] = [None] * group
                 begin = now()
                 if first is not None:
                     for i in range(group):

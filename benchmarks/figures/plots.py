@@ -12,7 +12,7 @@ from .variants import REGISTRY
 
 DASHES = {"fresh": "-", "shared": "--", "pre-shared": ":", "first": "-.", "clone": (0, (1, 3))}
 INK, FAINT = "#222222", "#d9d9d9"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -167,7 +167,8 @@ def render(module: Any, result: dict[str, Any], path: Path) -> None:
     with rc_context(STYLE):
         height = getattr(module, "HEIGHT", 6.4)
         figure = Figure(figsize=(9.6, height), layout="constrained", dpi=130)
-        top, bottom = figure.subfigures(2, 1, height_ratios=(height - 1.0, 1.0))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(height - 1.0, 1.0))
+        top, bottom = parts
         module.draw(result, top)
         top.suptitle(result["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
         told = [(f"The paper: {claim}.", "#777777") for claim in module.CLAIMS]

@@ -104,7 +104,7 @@ def wrong_block(host: Any) -> Block:
 
 
 def test_a_wrong_result_ends_the_measurement() -> None:
-    with pytest.raises(PeerFailed, match="result 0 of 3 is 1, not 2"), running(options()) as runner:
+    with pytest.raises(PeerFailed, match="result 0 of 4 is 1, not 2"), running(options()) as runner:
         runner.on.start("client")
         runner.measure([Case("cxl", "fresh", {}, ("client",), wrong_block, {})])
 

@@ -46,9 +46,9 @@ def share(at: At, pages: int) -> bytes:
 def share_counted(at: At, pages: int) -> tuple[int, int]:
     """Return the lines that sharing charges, and the number of the first frame."""
     at.array = at.host.empty(pages * PAGE, "u1")
-    before = at.host.latency.lines_alone
+    before = counts_of(at)["lines_alone"]
     ref = at.host.create_ref(at.array)
-    lines = at.host.latency.lines_alone - before
+    lines = counts_of(at)["lines_alone"] - before
     ref.drop()
     first = (at.array.__array_interface__["data"][0] // PAGE) % 8
     return lines, first
@@ -57,11 +57,11 @@ def share_counted(at: At, pages: int) -> tuple[int, int]:
 def store(at: At, wire: bytes, pages: int) -> tuple[int, int]:
     """Store to pages of a Ref; return the lines that copying charged, and the frames copied."""
     at.view = at.host.map_ref(wire).numpy()
-    before, copied = at.host.latency.lines_copied, at.host.stats()["frames_copied"]
+    before, copied = counts_of(at)["lines_copied"], at.host.stats()["frames_copied"]
     for page in range(pages):
         at.view[page * PAGE] = 2
     copied = at.host.stats()["frames_copied"] - copied
-    return at.host.latency.lines_copied - before, copied
+    return counts_of(at)["lines_copied"] - before, copied
 
 
 def charge(at: At, nbytes: int) -> dict[str, int]:
@@ -121,9 +121,9 @@ def test_zeroed_memory_charges_its_lines_once(hosts: list[HostProcess]) -> None:
 
 
 def zero(at: At, pages: int) -> int:
-    before = at.host.latency.lines_copied
+    before = counts_of(at)["lines_copied"]
     at.host.ralloc(pages * PAGE).free()
-    return at.host.latency.lines_copied - before
+    return counts_of(at)["lines_copied"] - before
 
 
 def test_what_is_owed_is_spun(hosts: list[HostProcess]) -> None:

@@ -246,9 +246,14 @@ _RESULT = struct.Struct("<Q")
 _hand: list[Any] = []
 
 
+def _bytes(segment: SharedMemory) -> Bytes:
+    assert segment.buf is not None
+    return np.frombuffer(segment.buf, "u1")
+
+
 def _serve_by_hand(host: Any, name: str, path: str) -> str:
     segment = SharedMemory(create=True, size=HAND_BYTES)
-    np.frombuffer(segment.buf, "u1")[:] = 0
+    _bytes(segment)[:] = 0
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen()
@@ -268,7 +273,7 @@ def _accept_by_hand(listener: socket.socket, segment: SharedMemory) -> None:
 
 def _loop_by_hand(sock: socket.socket, segment: SharedMemory) -> None:
     size = int.from_bytes(sock.recv(8), "little")  # of a slot
-    slots = np.frombuffer(segment.buf, "u1")
+    slots = _bytes(segment)
     copy = np.zeros(size, "u1")
     recv, send = sock.recv, sock.send
     while len(message := recv(8)) == 8:
@@ -309,7 +314,7 @@ def hand_block(
 ) -> Block:
     """Return a block of requests by hand."""
     shared = SharedMemory(segment)
-    bytes_ = np.frombuffer(shared.buf, "u1")
+    bytes_ = _bytes(shared)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     slots = [bytes_[i * size : (i + 1) * size] for i in range(window)]
     turn = 0

@@ -114,7 +114,7 @@ class ByRef(_OverRpc):
     says = "by Ref (DmRPC-CXL)"
     colour = "#0b6fb8"
     transfer = "ref"
-    modes = ("fresh", "shared", "pre-shared")
+    modes: ClassVar[tuple[str, ...]] = ("fresh", "shared", "pre-shared")
 
 
 class OnePage(ByRef):
