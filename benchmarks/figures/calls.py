@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +18,11 @@ MOST_ARRAYS = 256
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def arrays(size: int) -> list[Array]:
-    """Return ordinary arrays to send in turn, each of one value."""
+@functools.cache
+def arrays(size: int) -> tuple[Array, ...]:
+    """Return ordinary arrays to send in turn, each of one value; blocks of one process share them."""
     number = min(max(COLD_BYTES // size, 4), MOST_ARRAYS)
-    return [np.full(size // 4, i % 7 + 1, "f4") for i in range(number)]
+    return tuple(np.full(size // 4, i % 7 + 1, "f4") for i in range(number))
 
 
 def total_block(
@@ -40,7 +42,7 @@ def total_block(
     """
     client = client_of(host, service, transport).using(transfer=transfer)
     call = getattr(client if window == 1 else client.future, method)
-    made = arrays(size)
+    made = list(arrays(size))
     if mode == "pre-shared":
         made = [host.array(made[0])]
     sent: Iterator[Array] = itertools.cycle(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,10 +32,11 @@ def sum_after(block: Bytes, pages: int, value: int) -> int:
     return pages * value + (block.size // PAGE - pages) * int(block[0])
 
 
-def sources(size: int) -> list[Bytes]:
-    """Return blocks in ordinary memory, each of one value, no two neighbours alike."""
+@functools.cache
+def sources(size: int) -> tuple[Bytes, ...]:
+    """Return blocks in ordinary memory, each of one value, no two neighbours alike; requests of one process share them."""
     number = min(max(COLD_BYTES // size, 4), MOST_SOURCES)
-    return [np.full(size, i % 13 + 1, "u1") for i in range(number)]
+    return tuple(np.full(size, i % 13 + 1, "u1") for i in range(number))
 
 
 class Requests:
