@@ -20,7 +20,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,6 @@ from ..errors import (
     ForkedError,
     InterfaceMismatch,
     Overloaded,
-    PeerError,
     PeerLost,
     RemoteProtocolError,
     ServiceExists,
@@ -42,10 +40,11 @@ from ..errors import (
     WrongArguments,
 )
 from ..host import Host
-from . import endpoint, frames
+from . import endpoint
 from .channel import Channel, RingChannel, TcpChannel
 from .client import Client
-from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
+from .door import Door
+from .endpoint import RING_BYTES, error_frame
 from .forks import not_for_children, release
 from .frames import Code, Welcome
 from .link import Backoff
@@ -59,7 +58,6 @@ Route: TypeAlias = Callable[[Passing], str | None]
 log = logging.getLogger("dmrpc.rpc")
 
 MAX_BACKLOG_BYTES = 256 << 20
-MAX_HANDSHAKES = 256
 
 
 class _Peer:
@@ -138,7 +136,7 @@ class Forwarder:
         self._transport: endpoint.Transport = transport
         self._connect_timeout = connect_timeout
         self._max_connections = max_connections
-        self._ring_bytes = ring_bytes
+        self.counts: collections.Counter[str] = collections.Counter()  # of clients sent away
         self._peers: dict[int, _Peer] = {}
         self._backends: dict[str, _Peer] = {}  # those that are given calls
         self._forwarded_before: collections.Counter[str] = collections.Counter()
@@ -150,7 +148,6 @@ class Forwarder:
         self._enough = threading.Event()  # no more seeking
         self._published = False
         self._forked = False
-        self._handshakes: dict[int, Handshake] = {}
         self._stopping = False
         self._welcome: Welcome | None = None
         self._relay = Relay(
@@ -164,7 +161,17 @@ class Forwarder:
             in_turn=policy == "round-robin",
             asks=route is not None,
         )
-        self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        self._door = Door(
+            host,
+            name,
+            self._told,
+            ring_bytes,
+            watch=self._relay.watch,
+            unwatch=self._relay.unwatch,
+            full=self._is_full,
+            enter=lambda channel: self._add(channel, None),
+            counts=self.counts,
+        )
         try:
             self._begin(tcp)
         except BaseException:
@@ -200,17 +207,7 @@ class Forwarder:
         if not self._backends:
             assert failure is not None
             raise failure
-        unix, ring_name = listen_unix(self.host.fabric)
-        self._listen(unix, "ring")
-        address = None
-        if tcp is not None:
-            where = (tcp, 0) if isinstance(tcp, str) else tcp
-            try:
-                sock, address = listen_tcp(*where)
-            except OSError as error:
-                raise PeerError(f"cannot listen on {where}: {error}") from error
-            self._listen(sock, "tcp")
-        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+        self.endpoint = self._door.open(tcp)
 
     @property
     def published(self) -> bool:
@@ -247,9 +244,14 @@ class Forwarder:
 
     # ------------------------------------------------------------ connections
 
-    def _listen(self, sock: socket.socket, kind: str) -> None:
-        self._listeners[sock.fileno()] = (sock, kind)
-        self._relay.watch(sock.fileno())
+    def _told(self) -> Welcome:
+        assert self._welcome is not None
+        return self._welcome
+
+    def _is_full(self) -> str | None:
+        if len(self._peers) - len(self._backends) < self._max_connections:
+            return None
+        return f"{self.name} has {self._max_connections} connections already"
 
     def _add(self, channel: Channel, backend: str | None) -> _Peer:
         if isinstance(channel, RingChannel):
@@ -350,13 +352,13 @@ class Forwarder:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                what, key, text = self._relay.run(0.05 if self._handshakes else None)
+                what, key, text = self._relay.run(0.05 if self._door.nr_handshakes else None)
                 try:
                     self._event(what, key, text)
                     if self._found:
                         self._take_found()
-                    if self._handshakes:
-                        self._expire()
+                    if self._door.nr_handshakes:
+                        self._door.expire()
                 except Exception:
                     log.exception("%s: the forwarder stumbled", self.name)
                     peer = self._peers.get(key)
@@ -372,10 +374,7 @@ class Forwarder:
             self._decide()
             return
         if what == RELAY_FD:
-            if key in self._listeners:
-                self._accept(*self._listeners[key])
-            elif key in self._handshakes:
-                self._shake(key)
+            self._door.readable(key)
             return
         peer = self._peers.get(key)
         if peer is None:
@@ -413,60 +412,6 @@ class Forwarder:
             code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), Code.REMOTE)
             self._relay.refuse(error_frame(0, code, error))
 
-    # ------------------------------------------------------------ accepting
-
-    def _accept(self, listener: socket.socket, kind: str) -> None:
-        try:
-            sock, _ = listener.accept()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                log.warning("%s: cannot accept: %s", self.name, error)
-            return
-        handshake = Handshake(sock, kind)
-        if len(self._handshakes) >= MAX_HANDSHAKES:
-            handshake.channel.close()
-            return
-        self._handshakes[sock.fileno()] = handshake
-        self._relay.watch(sock.fileno())
-
-    def _shake(self, fd: int) -> None:
-        handshake = self._handshakes[fd]
-        try:
-            hello = handshake.read(self.host)
-            if hello is None:
-                return
-            self._forget(fd)
-            if hello.service != self.name:
-                handshake.refuse(
-                    Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here")
-                )
-                return
-            if len(self._peers) - len(self._backends) >= self._max_connections:
-                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
-                handshake.refuse(Code.OVERLOADED, full)
-                return
-            assert self._welcome is not None
-            self._add(handshake.welcome(self._welcome, self._ring_bytes), None)
-        except (AccessDenied, InterfaceMismatch) as error:
-            self._forget(fd)
-            handshake.refuse(
-                Code.DENIED if isinstance(error, AccessDenied) else Code.VERSION, error
-            )
-        except (DmError, OSError):
-            self._forget(fd)
-            handshake.channel.close()
-
-    def _forget(self, fd: int) -> None:
-        if self._handshakes.pop(fd, None) is not None:
-            self._relay.unwatch(fd)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for fd, handshake in list(self._handshakes.items()):
-            if now > handshake.give_up:
-                self._forget(fd)
-                handshake.channel.close()
-
     # ------------------------------------------------------------ the end
 
     def stop(self) -> None:
@@ -495,10 +440,7 @@ class Forwarder:
         for peer in list(self._peers.values()):
             self._close(peer, "stopped")
         self._drop_found()
-        for sock, _ in self._listeners.values():
-            sock.close()
-        for handshake in self._handshakes.values():
-            handshake.channel.close()
+        self._door.close()
         self._relay.close()
 
     def _drop_found(self) -> None:
@@ -508,10 +450,7 @@ class Forwarder:
     def _after_fork(self) -> None:
         """In a child: let go of descriptors, or peers would not notice when the parent ends."""
         self._forked = self._stopping = True
-        for sock, _ in self._listeners.values():
-            sock.close()
-        for handshake in list(self._handshakes.values()):
-            handshake.channel.socket.close()
+        self._door.after_fork()
         for peer in list(self._peers.values()):
             release(peer.channel)
 

@@ -27,7 +27,7 @@ from tests.standing import end, until
 
 FRAMES = 512
 COORDINATOR = ("--scrub-interval", "0", "--batch", "16", "--batch-max", "64", "--low", "0", "--high", "64",
-               "--recall-timeout", "0.2")  # fmt: skip
+               "--recall-timeout", "0.2", "--tcp", "127.0.0.1:0")  # fmt: skip
 SMALL = {"size": FRAMES * keeper.PAGE, "max_hosts": 8, "max_refs": 64, "coordinator": COORDINATOR}
 COUNT = re.compile(r"refcount of frame \d+ is (\d+), but mappings and Refs hold (\d+)")
 
