@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -95,6 +96,7 @@ def main(
 ) -> None:
     """Measure the paper's experiments on this machine, plot them, and write a report."""
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
     options = Options(rounds=rounds or (3 if quick else 5), seconds=seconds or 0.1, quick=quick)
     if quick:
         options.places, options.seconds = ("one CPU",), seconds or 0.04

@@ -34,7 +34,7 @@ writes into a DM buffer made for the request and keeps it, so the receiver's sto
 way: the data was written once, before. *one CPU*: all processes pinned to one; *free*: the kernel chooses.
 
 **Machine**: {cpu}, {cpus} CPUs; Linux {kernel}; Python {python}, NumPy {numpy}; load average {load:.1f} when the run began{busy}.
-"""
+{quick}"""
 
 _BUSY = """ (more than these measurements make: others were at work, and the spreads show it)"""
 
@@ -42,6 +42,10 @@ _LOSES = """\
 ## Where by reference loses, and why
 
 Points at which the line *cxl, fresh* has a lower throughput than another one of the same figure, with fresh data as well:
+"""
+
+_QUICK = """
+This is a **quick run** (`--quick`): fewer points, shorter blocks. `make figures` measures all.
 """
 
 _FOOT = """\
@@ -186,6 +190,7 @@ def text(results: Sequence[Result], pictures: str) -> str:
         rounds=min(result["options"]["rounds"] for result in results),
         load=first["load_average"],
         busy=_BUSY if first["load_average"] > 1.0 else "",
+        quick=_QUICK if any(result["options"]["quick"] for result in results) else "",
     )
     bars = [one for result in results for one in result["bars"]]
     met = sum(one["met"] is True for one in bars)

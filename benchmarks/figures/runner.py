@@ -11,6 +11,7 @@ themselves around the block, of the others read here, before and after.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ PATIENCE_SECONDS = 120.0  # for one block
 MIN_REQUESTS, MAX_REQUESTS = 4, 20_000
 PROBE_REQUESTS = 4
 TINY_DEVICE = 256 << 20
+FAMILY_SECONDS = 5.0  # a look at all processes takes as long as some blocks
 
 
 @dataclass
@@ -299,21 +301,26 @@ def clocks(pids: Mapping[str, int]) -> dict[str, float]:
     return found
 
 
+_families: dict[int, tuple[float, dict[str, int]]] = {}
+
+
 def family(pid: int) -> dict[str, int]:
-    """Return a process and all that descend from it, by name and id."""
+    """Return a process and all that descend from it, by name and id; as of a few seconds ago at most."""
+    known = _families.get(pid)
+    if known is not None and time.monotonic() - known[0] < FAMILY_SECONDS:
+        return known[1]
     found = {}
     with contextlib.suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 found[f"{process.name()}-{process.pid}"] = process.pid
+    _families[pid] = time.monotonic(), found
     return found
 
 
 def pin_processes(pids: Iterable[int], cpu: int | None) -> None:
     """Put every thread of processes on one CPU; None: on any."""
-    import os
-
     cpus = range(os.cpu_count() or 1) if cpu is None else {cpu}
     for pid in pids:
         with contextlib.suppress(psutil.Error):

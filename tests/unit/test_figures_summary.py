@@ -136,7 +136,7 @@ def result(*many: Series, **more: Any) -> dict[str, Any]:
         "title": "Fig 5: something",
         "claims": ["it is so"],
         "machine": machine,
-        "options": {"rounds": 5},
+        "options": {"rounds": 5, "quick": False},
         "seconds": 60.0,
         "points": points(*many).points,
         "bars": [],
@@ -170,6 +170,13 @@ def test_the_report_names_missed_bars_and_what_was_left_out() -> None:
     assert "Without spark: no Java." in text
     assert "The paper: it is so." in text
     assert "Here: it is not so." in text
+
+
+def test_a_quick_run_is_told() -> None:
+    quick = result()
+    quick["options"] = {"rounds": 3, "quick": True}
+    assert "**quick run**" in report.text([quick], "")
+    assert "**quick run**" not in report.text([result()], "")
 
 
 def test_a_busy_machine_is_told() -> None:
