@@ -227,7 +227,7 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
 
 def under_latency(options: Options, ticker: Ticker) -> tuple[list[Point], str]:
     """Measure the pipeline while all hosts emulate slower devices: for Fig 12; or say why not."""
-    from .fig12 import EXTRA_NS, OVERLAPS, QUICK_EXTRA_NS, emulate
+    from .fig12 import CHARGED, EXTRA_NS, OVERLAPS, QUICK_EXTRA_NS, emulate
 
     if (reason := why_not()) or options.tiny:
         return [], reason or "left out"
@@ -243,12 +243,12 @@ def under_latency(options: Options, ticker: Ticker) -> tuple[list[Point], str]:
                 for name in (CLIENT, *services):
                     runner.on.peers[name].call(emulate, extra_ns, OVERLAPS[0])
 
-            for size in (64 << 10, 256 << 10):
+            for size, charged in itertools.product((256 << 10, 1 << 20), CHARGED):
                 one = case(
                     services, "cxl", "fresh", "ring", place, size, "none", WINDOW,
-                    extra_ns=extra_ns, overlap=OVERLAPS[0], panel="b",
+                    extra_ns=extra_ns, overlap=OVERLAPS[0], charged=charged, panel="b",
                 )  # fmt: skip
-                one.arguments["charged"] = True
+                one.arguments["charged"] = charged == "all"
                 one.before = slow_down
                 cases.append(one)
         found += map(point, runner.measure(cases, f"pictures, {place}"))

@@ -41,8 +41,9 @@ def write_block(
     pages: int,
     nbytes: int,
     window: int = 1,
+    charged: bool = False,
 ) -> Block:
-    """Return a block of requests to a Writer."""
+    """Return a block of requests to a Writer; charged: tell the model of slower memory what is written into DM here."""
     client = client_of(host, service, transport).using(transfer=transfer)
     method = client.write if window == 1 else client.future.write
     requests = Requests(size, pages, same=mode == "pre-shared")
@@ -58,7 +59,7 @@ def write_block(
         block, value = requests.next()
         array = host.empty(size, "u1")
         np.copyto(array, block)
-        if host.emulates_latency:
+        if charged:
             host.charge(size)
         return method(array, pages, nbytes, value)
 
