@@ -30,6 +30,7 @@ RAY_CLIENT, SPARK_CLIENT = "ray-client", "spark-client"
 STORE_BYTES = 256 << 20
 LARGEST_BLOCK = 1 << 20
 SPARK_MEMORY = "512m"
+STOP_SECONDS = 10.0
 SPARK_REQUESTS = 4  # in one block: a request takes a tenth of a second
 
 _here: dict[str, Any] = {}
@@ -212,7 +213,7 @@ def _end(pids: Mapping[str, int]) -> None:
     for pid in pids.values():
         with contextlib.suppress(psutil.NoSuchProcess):
             processes.append(psutil.Process(pid))
-    for process in psutil.wait_procs(processes, timeout=10)[1]:
+    for process in psutil.wait_procs(processes, timeout=STOP_SECONDS)[1]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -246,7 +247,12 @@ def _start_spark(host: Any, name: str, folder: str) -> None:
 
 
 def _stop_spark(host: Any) -> None:
-    _here.pop("spark").stop()
+    session = _here.pop("spark")
+    gateway = session.sparkContext._gateway
+    session.stop()
+    gateway.shutdown()
+    gateway.proc.stdin.close()  # the JVM ends when nobody can talk to it any more
+    gateway.proc.wait(STOP_SECONDS)
     _here.clear()
 
 
