@@ -36,7 +36,7 @@ ACCESSES = (
 WORKING_BYTES = 16 << 20  # of memory that accesses walk through
 TINY_WORKING_BYTES = 1 << 20
 SMALL_GROUP = 64  # of accesses that are timed together
-HEIGHT = 5.0
+HEIGHT = 5.8
 
 
 def access_block(host: Any, what: str, where: str, size: int, room: int) -> Block:
@@ -262,4 +262,9 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         ax.set_xlabel("bytes")
         ax.set_ylabel("median, us")
         ax.set_title(title)
-        ax.legend(fontsize=7, loc="upper left", ncols=1 if kind == "access" else 2)
+        ax.legend(
+            fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            ncols=3 if kind == "access" else 4,
+        )

@@ -380,7 +380,7 @@ def _draw_gain(ax: Any, points: Points, transport: str, place: str) -> None:
                 ys,
                 marker="osD"[i],
                 color=("#0b6fb8", "#5aae61", "#a6611a")[i],
-                label=f"work: {work}",
+                label=f"gain by Ref; work: {work}",
             )
     ax.axhline(1, color="#999999", linewidth=0.8)
     plots.sizes_axis(ax, points.values("size"))

@@ -215,7 +215,11 @@ def _draw_panel(ax: Any, points: Points, panel: str, place: str) -> None:
             )  # fmt: skip
             shares = [share for one in line if (share := normalised(points, one)) is not None]
             colour = f"C{i}" if panel == "a" else f"C{i + 5}"
-            told = f"{value} pages written" if panel == "a" else f"pictures of {value >> 10} KiB"
+            told = (
+                f"{value} page{'s' * (value != 1)} written"
+                if panel == "a"
+                else f"pictures of {value >> 10} KiB"
+            )
             ax.plot(
                 [one["params"]["extra_ns"] for one in line],
                 [share["median"] for share in shares],

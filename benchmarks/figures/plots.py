@@ -167,7 +167,7 @@ def render(module: Any, result: dict[str, Any], path: Path) -> None:
     with rc_context(STYLE):
         height = getattr(module, "HEIGHT", 6.4)
         figure = Figure(figsize=(9.6, height), layout="constrained", dpi=130)
-        parts: Any = figure.subfigures(2, 1, height_ratios=(height - 1.0, 1.0))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(height - 0.8, 0.8))
         top, bottom = parts
         module.draw(result, top)
         top.suptitle(result["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -178,5 +178,5 @@ def render(module: Any, result: dict[str, Any], path: Path) -> None:
         for words, colour in told:
             for line in textwrap.wrap(words, 145, subsequent_indent="      "):
                 bottom.text(0.01, at, line, va="top", fontsize=9, color=colour)
-                at -= 0.19
+                at -= 0.24
         figure.savefig(path)
