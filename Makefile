@@ -70,8 +70,20 @@ fuzz-rpc: $(VENV)/.native $(VENV)/.fuzz ## Look for bytes that the RPC layer stu
 		-timeout=10 -artifact_prefix=$(BUILD)/fuzz-rpc/ $(ARGS) $(BUILD)/fuzz-rpc/corpus
 
 .PHONY: soak
-soak: $(VENV)/.native $(VENV)/.test $(VENV)/.figures ## Run the tests marked slow, which `make test` leaves out
+soak: $(VENV)/.native ## Kill and stop hosts and coordinators at random while they work, for long [ARGS="--kills 10000 --seed N"]
+	$(PY) -m tests.soak $(ARGS)
+
+.PHONY: slow
+slow: $(VENV)/.native $(VENV)/.test $(VENV)/.figures ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
+
+.PHONY: crash
+crash: $(VENV)/.native $(VENV)/.test ## Kill processes behind every labelled step, and account for every frame
+	$(PY) -m pytest -m crash tests/crash -o faulthandler_timeout=0 $(ARGS)
+
+.PHONY: crash-survey
+crash-survey: $(VENV)/.native $(VENV)/.test ## Write down which labels each act of that campaign passes
+	$(PY) -m tests.crash.survey
 
 ##@ Check
 

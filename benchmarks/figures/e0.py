@@ -266,5 +266,5 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             fontsize=7,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.16),
-            ncols=3 if kind == "access" else 4,
+            ncols=2 if kind == "access" else 3,
         )
