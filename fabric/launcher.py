@@ -102,6 +102,7 @@ class Launcher:
                 page_size=self._topology.page_size,
                 max_hosts=self._topology.max_hosts,
                 max_refs=self._topology.max_refs,
+                numa_node=self._topology.numa_node,
             )
             try:
                 try:
@@ -281,6 +282,7 @@ class Launcher:
                 topology.transport,
                 runtime_dir,
                 topology.log_level,
+                topology.latency,
             )
             for program in host.programs:
                 env = (*program.env, *place.as_environment().items())

@@ -8,6 +8,7 @@ DMRPC_NR_HOSTS      number of hosts
 DMRPC_TRANSPORT     how to reach the coordinator: unix or tcp
 DMRPC_RUNTIME_DIR   folder for sockets, removed when the run is over
 DMRPC_LOG_LEVEL     debug, info, warning or error
+DMRPC_LATENCY       of the device that hosts emulate, such as 265ns; empty: none
 ==================  ==================================================
 """
 
@@ -35,6 +36,7 @@ class Place:
     transport: str
     runtime_dir: str
     log_level: str
+    latency: str = ""
 
     def as_environment(self) -> dict[str, str]:
         """Return the environment variables that say this."""
@@ -50,11 +52,16 @@ class Place:
             MisuseError: this program was not started by the launcher.
         """
         try:
-            text = {field.name: environ[_PREFIX + field.name.upper()] for field in fields(cls)}
+            text = {
+                field.name: environ[_PREFIX + field.name.upper()]
+                for field in fields(cls)
+                if field.name != "latency"
+            }
         except KeyError as error:
             raise MisuseError(
                 f"{error.args[0]} is not set: start this program with `dmrpc fabric run --program ...`"
             ) from None
+        text["latency"] = environ.get(_PREFIX + "LATENCY", "")
         index, number = int(text.pop("host_index")), int(text.pop("nr_hosts"))
         return cls(host_index=index, nr_hosts=number, **text)
 
@@ -71,5 +78,11 @@ def attach(**options: Any) -> dmrpc_cxl.Host:
     """
     place = Place.of_environment()
     return dmrpc_cxl.attach(
-        place.fabric, **{"name": place.host_name, "transport": place.transport, **options}
+        place.fabric,
+        **{
+            "name": place.host_name,
+            "transport": place.transport,
+            "latency": place.latency or None,
+            **options,
+        },
     )
