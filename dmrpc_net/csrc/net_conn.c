@@ -270,15 +270,37 @@ static struct net_kept *carried_out(struct net_conn *c, const struct net_request
     return k;
 }
 
+/* Would a read that was carried out before return now what it returned then? */
+static bool still_true(struct net_conn *c, const struct net_request *q) {
+    const struct net_session *ses = c->session;
+    const struct net_range *r;
+    int status;
+    switch (q->op) {
+    case NET_RREAD:
+        if ((r = net_space_find(&ses->space, q->a)))
+            return r->changed <= q->id;
+        break;
+    case NET_GET: /* what a Ref denotes does not change */
+        if (net_ref_find(&c->shard->refs, q->a, q->b, &status))
+            return true;
+        break;
+    case NET_HELD:
+        break;
+    default:
+        return true;
+    }
+    return ses->last_change <= q->id;
+}
+
 /* A request that was carried out before. */
 static void replay(struct net_conn *c, const struct net_request *q) {
     struct net_session *ses = c->session;
     NET_COUNT(c->shard, duplicates, 1);
     if (only_reads(q)) {
-        if (ses->last_change > q->id)
-            answer(c, q, NET_ANSWER_LOST, 0, 0, 0);
-        else
+        if (still_true(c, q))
             read_only(c, q);
+        else
+            answer(c, q, NET_ANSWER_LOST, 0, 0, 0);
         return;
     }
     struct net_kept *k = net_kept_find(ses, q->id);

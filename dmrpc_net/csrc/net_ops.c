@@ -37,6 +37,7 @@ static struct net_range *add_range(struct net_shard *s, struct net_session *ses,
     if (r) {
         ses->nr_virtual += nr;
         ses->nr_pages += r->nr_filled;
+        r->changed = ses->last_id;
     }
     return r;
 }

@@ -82,6 +82,7 @@ struct net_range {
     uint64_t address;
     uint32_t nr_pages, nr_filled;
     bool read_only;
+    uint64_t changed; /* id of the last request that wrote to it, or made it */
     uint32_t *pages;
 };
 

@@ -35,8 +35,9 @@
  *                                                   41 - class      class bits
  *
  * An address means something together with a process. Ranges of up to 2^class bytes are numbered in each class, so an
- * address leads to its range by two array look-ups. `session` is chosen by the client: it changes when the client begins
- * anew with a server that was lost, so that addresses of before are not taken for new ones.
+ * address leads to its range by two array look-ups. The class is written less 11, so no address is 0. `session` is chosen
+ * by the client: it changes when the client begins anew with a server that was lost, so that addresses of before are not
+ * taken for new ones.
  */
 #define NET_SERVER_SHIFT 56
 #define NET_SHARD_SHIFT 50
@@ -55,7 +56,9 @@ static inline uint32_t net_address_shard(uint64_t a) {
 static inline uint32_t net_address_session(uint64_t a) {
     return (uint32_t)(a >> NET_SESSION_SHIFT) & (NET_NR_SESSIONS - 1);
 }
-static inline uint32_t net_address_class(uint64_t a) { return (uint32_t)(a >> NET_CLASS_SHIFT) & 31; }
+static inline uint32_t net_address_class(uint64_t a) {
+    return NET_MIN_CLASS - 1 + ((uint32_t)(a >> NET_CLASS_SHIFT) & 31);
+}
 static inline uint64_t net_address_index(uint64_t a) {
     return (a & ((1ull << NET_CLASS_SHIFT) - 1)) >> net_address_class(a);
 }

@@ -124,6 +124,7 @@ void net_write_commit(struct net_shard *s, struct net_write *w) {
         NET_COUNT(s, full_page_writes, nr_whole);
         NET_COUNT(s, pages_copied, w->nr_fresh - w->nr_holes - nr_whole);
     }
+    w->range->changed = ses->last_id;
     NET_COUNT(s, in_place_writes, w->nr - w->nr_fresh);
     NET_COUNT(s, bytes_written, w->bytes);
     finish(s, w);
@@ -210,6 +211,7 @@ int net_put_commit(struct net_shard *s, struct net_write *w, uint32_t flags, uin
     if (range) {
         ses->nr_virtual += range->nr_pages;
         ses->nr_pages += range->nr_filled;
+        range->changed = ses->last_id;
         *address = range->address;
     }
     NET_COUNT(s, refs_created, 1);
