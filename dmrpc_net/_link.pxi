@@ -68,14 +68,16 @@ cdef class Link:
 
     cdef net_link *l
     cdef readonly uint32_t server, shard
+    cdef readonly uint64_t slice_bytes  # of the shard: no Ref is longer
     cdef readonly object reopen  # called with (link, deadline_ns) when the connection is broken
     cdef object __weakref__
 
-    def __init__(self, uint32_t server, uint32_t shard, uint32_t max_calls, reopen):
+    def __init__(self, uint32_t server, uint32_t shard, uint64_t slice_bytes, uint32_t max_calls, reopen):
         if self.l != NULL:
             raise TypeError("a Link is initialised once")
         self.server = server
         self.shard = shard
+        self.slice_bytes = slice_bytes
         self.reopen = reopen
         self.l = net_link_new(max_calls)
         if self.l == NULL:
@@ -483,6 +485,8 @@ cdef class Operations:
         if r.spent:
             raise _cxl.RefConsumed(f"{operation}: this Ref was mapped or dropped before")
         cdef Link link = client.link_of(r.w.server, r.w.shard, operation, _cxl.BadRef)
+        if r.w.length > link.slice_bytes:
+            raise _cxl.BadRef(f"{operation}: a Ref of {r.w.length} bytes, more than its shard has")
         cdef Call call = client.new_call(op, link, operation, timeout)
         call.c.request.a = r.w.key
         call.c.request.b = r.w.length

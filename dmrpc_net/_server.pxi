@@ -134,7 +134,7 @@ cdef class Shard:
         _limits(&given, limits)
         if limits:
             raise TypeError(f"unknown: {', '.join(limits)}")
-        while (1 << shift) < page_bytes:
+        while (<uint32_t>1 << shift) < page_bytes:
             shift += 1
         self.memory = <uint8_t *>malloc((pages + 1) * <size_t>page_bytes)
         if self.memory == NULL:

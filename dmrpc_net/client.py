@@ -189,7 +189,8 @@ class Client(_native.Client):
                     return link
             if at.control is None:
                 self._rejoin(at)
-            link = Link(server, shard, self._about(at).max_outstanding, self._reopen)
+            about = self._about(at)
+            link = Link(server, shard, about.slice_bytes, about.max_outstanding, self._reopen)
             self._connect(at, link, time.monotonic() + LONGEST_PAUSE * 10)
             self.set_link(server, shard, link)
             return link
