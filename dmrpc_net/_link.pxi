@@ -114,9 +114,15 @@ cdef class Link:
         return net_link_healthy(self.l)
 
     @property
-    def fd(self):
-        """The socket's descriptor; -1 before there is one."""
-        return self.l.fd
+    def generation(self):
+        """How many sockets it has had."""
+        return self.l.generation
+
+    def duplicate(self):
+        """Return (a duplicate of the socket, generation); the descriptor is -1 if there is none."""
+        cdef uint32_t generation = 0
+        cdef int fd = net_link_dup(self.l, &generation)
+        return fd, generation
 
     def open_bell(self):
         """Return an eventfd that tells of answers to calls made with a bell."""
@@ -308,9 +314,10 @@ cdef class Call:
     # For aio.
 
     def begin(self):
-        """Send it, with a bell."""
+        """Send it, with a bell. Return 0, or what pump would: there is more to send, or something is wrong."""
         self.c.bell = True
         self.start(False)
+        return net_link_state(self.link.l)
 
     def give_up(self):
         """Let it go: its answer is thrown away."""

@@ -167,6 +167,7 @@ cdef extern from "net_link.h" nogil:
         pid_t owner
         int fd
         int bell
+        uint32_t generation
         uint32_t nr_calls
         uint32_t max_calls
         uint64_t nr_calls_done
@@ -183,7 +184,9 @@ cdef extern from "net_link.h" nogil:
     int net_link_pump(net_link *l)
     int net_link_resume(net_link *l, int fd)
     void net_link_fail(net_link *l, int outcome)
+    int net_link_state(net_link *l)
     bint net_link_healthy(net_link *l)
+    int net_link_dup(net_link *l, uint32_t *generation)
     bint net_call_done(const net_call *c)
 
 

@@ -140,11 +140,11 @@ class Client(_native.Client):
         """
         if self.is_closed:
             return
+        for link in self.set_closed():
+            link.fail(OUTCOME_CLOSED)
         aio, self._aio = self._aio, None
         if aio is not None:
             aio.close()
-        for link in self.set_closed():
-            link.fail(OUTCOME_CLOSED)
         if self.owner != os.getpid():
             return  # the parent's connections: closing our copies of their descriptors ends nothing
         for server in self._servers:
@@ -290,7 +290,10 @@ class Client(_native.Client):
 
     @property
     def aio(self) -> Aio:
-        """The same calls for asyncio; the first use ties them to the event loop that runs."""
+        """The same calls for asyncio; the first use ties them to the event loop that runs, for as long as it lives."""
+        if self._aio is not None and not self._aio.usable:
+            self._aio.close()
+            self._aio = None
         if self._aio is None:
             from .aio import Aio
 

@@ -54,7 +54,8 @@ struct net_link {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     pid_t owner;
-    int fd; /* -1: none */
+    int fd;              /* -1: none */
+    uint32_t generation; /* how many there were */
     bool broken;
     int failed; /* NET_PENDING, or how the link ended */
     int bell;   /* an eventfd for whoever cannot wait in here; -1 */
@@ -93,10 +94,20 @@ int net_link_pump(struct net_link *l);
 int net_link_resume(struct net_link *l, int fd);
 /* The end: every call has this outcome. */
 void net_link_fail(struct net_link *l, int outcome);
+/* 1: there is more to send. 0. NET_BROKEN, or how the link failed. */
+int net_link_state(struct net_link *l);
 bool net_link_healthy(struct net_link *l);
+/* A duplicate of the socket, for whoever wants to watch it; -1: there is none, or no descriptor. */
+int net_link_dup(struct net_link *l, uint32_t *generation);
 
 static inline bool net_call_done(const struct net_call *c) {
     return __atomic_load_n(&c->outcome, __ATOMIC_ACQUIRE) != NET_PENDING;
 }
+
+/* net_link_io.c; the lock is held */
+int net_link_broke(struct net_link *l);               /* NET_BROKEN */
+int net_link_end(struct net_link *l, int outcome);    /* outcome, which is every call's now */
+int net_link_send(struct net_link *l);                /* 1: the socket takes no more. 0: all is sent */
+int net_link_receive(struct net_link *l);             /* 1: something came. 0: nothing there */
 
 #endif
