@@ -53,6 +53,22 @@ class _Awaitable:
         return self._aio.launch(self._call)
 
 
+class _Known:
+    """A result that needs no call."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.start().__await__()
+
+    def start(self) -> asyncio.Future[Any]:
+        """Return what to await."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result(self._value)
+        return future
+
+
 class Aio(Deferred):
     """A client's calls as awaitables, in one event loop."""
 
@@ -64,6 +80,10 @@ class Aio(Deferred):
 
     def _prepared(self, call: Call[Any]) -> _Awaitable:
         return _Awaitable(self, call)
+
+    def known(self, value: object) -> _Known:
+        """Return a value in the way in which results are returned."""
+        return _Known(value)
 
     # ---------------------------------------------------------------- calls
 

@@ -12,6 +12,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define PUMP_TURNS 4 /* receives of one pump: an event loop has others to serve */
+
 static uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -265,7 +267,7 @@ int net_link_pump(struct net_link *l) {
     if (status == 0 && more < 0)
         status = more;
     if (status == 0 && !l->reading) {
-        while ((status = net_link_receive(l)) > 0)
+        for (int i = 0; i < PUMP_TURNS && (status = net_link_receive(l)) > 0; i++)
             ;
         if (l->nr_sleeping)
             pthread_cond_broadcast(&l->changed);
