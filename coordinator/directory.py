@@ -12,7 +12,7 @@ import json
 import logging
 from typing import Any
 
-from dmrpc_cxl._native import Device
+from dmrpc_cxl._native import Device, crash_point
 
 from .names import Names, Service
 
@@ -66,6 +66,7 @@ class Directory:
         if name in self._entries:
             self._device.withdraw(*self._entries[name])
         self._entries[name] = place
+        crash_point("published")
 
     def withdraw(self, name: str, host: int) -> None:
         """Take a name of `host` back.
@@ -77,6 +78,7 @@ class Directory:
         self._device.withdraw(*self._entries[name])
         del self._entries[name]
         self._names.withdraw(name, host)
+        crash_point("withdrawn")
 
     def forget_host(self, host: int) -> None:
         """Remove every name of a host that left or died."""

@@ -24,7 +24,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Any
 
-from dmrpc_cxl._native import LAYOUT, Device
+from dmrpc_cxl._native import LAYOUT, Device, crash_point
 from dmrpc_cxl.errors import CoordinatorReplaced, DmError, HostFenced, RemoteProtocolError
 from dmrpc_cxl.fabric.liveness import is_alive
 
@@ -60,6 +60,8 @@ class LiveHost:
         self.retirement: asyncio.Task[None] | None = None
         self.not_asked_before = 0.0
         self.owes_answer_until = 0.0
+        self.asked_for_all = False
+        """The last recall left it nothing to keep."""
 
     def __str__(self) -> str:
         pid = f", pid {self.process.pid}" if self.process else ""
@@ -250,6 +252,7 @@ class Hosts:
             host.drop_guard()  # the host holds the one that just came, and so do we
             host.guard_fd = descriptors.pop()
             host.guard = connection
+            crash_point("guard_kept")
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -276,6 +279,7 @@ class Hosts:
         self._watch(host)
         log.info("%s registered", host)
         self._changes.announce()
+        crash_point("register_unanswered")
         return host
 
     def _process_of(self, connection: Connection, ask: Register) -> Process:
@@ -363,6 +367,7 @@ class Hosts:
         account = host.account
         for state in (ACTIVE, DRAINING):
             self._device.set_host_state(account.host, state, DEAD)
+        crash_point("host_declared_dead")
         self._ledger.bury(account.host)
         self._directory.forget_host(account.host)
         self._gone_tokens.append(account.incarnation)
@@ -388,7 +393,9 @@ class Hosts:
         else:
             if account.host in self._left_dead:
                 await self._predecessor_ended()
+            crash_point("host_reclaimed")
             self._device.set_host_state(account.host, DEAD, FREE)
+            crash_point("host_forgotten")
             self._ledger.release(account.host)
             del self._hosts[account.host]
             seconds = self._loop.time() - began

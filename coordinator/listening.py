@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 
-from dmrpc_cxl._native import LAYOUT
+from dmrpc_cxl._native import LAYOUT, crash_point
 from dmrpc_cxl.errors import BadSize, EnvironmentFault, MisuseError
 
 BACKLOG = 512
@@ -45,6 +45,7 @@ class UnixListener:
         try:
             self.socket.bind(self.path)
             self.socket.listen(BACKLOG)
+            crash_point("listener_bound")
         except OSError as error:
             self.socket.close()
             raise CannotListen(

@@ -56,7 +56,7 @@ class Done:
     undecided: int = 0
     """Times that hosts were at work, and suspects were left for later."""
     repaired: int = 0
-    """Frames."""
+    """Frames and Refs."""
     damaged: int = 0
     """Frames that are wrong for certain and cannot be repaired, at the last look."""
 
@@ -176,6 +176,12 @@ class Scrubber:
         return True
 
     def _tell(self, found: dict[str, Any]) -> None:
+        if found["kind"] == "orphan Ref":
+            log.warning(
+                "Ref entry %d is held by host %d, which is not attached%s",
+                found["ref"], found["owner"], "; freed" if found["repaired"] else "",
+            )  # fmt: skip
+            return
         about = (found["pfn"], found["kind"])
         if found["repaired"]:
             self._told.discard(about)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from dmrpc_cxl._native import Device
+from dmrpc_cxl._native import Device, crash_point
 from dmrpc_cxl.errors import DeviceNotFound, EnvironmentFault, SystemCallFailed
 from dmrpc_cxl.fabric.device import path_of
 from dmrpc_cxl.fabric.liveness import is_alive, start_time
@@ -229,6 +229,7 @@ class Server:
         try:
             self._service.epoch = self._hosts.epoch = self._epoch
             await self._hosts.restore()
+            crash_point("restored")
             self._service.recovery_s = time.monotonic() - self._began
             for listener in self._listeners:
                 listener.setblocking(False)
@@ -281,7 +282,7 @@ class Server:
         for listener in self._listeners:
             listener.close()
         self._locked.device.stop_coordinator(self._epoch)
-        self._changes.announce()  # whoever waits is told that it is of no use
+        self._changes.end()  # whoever waits is told that it is of no use
         connections = list(self._connections)
         if connections:
             await asyncio.wait(

@@ -142,7 +142,7 @@ cdef dict _structs():
         ]),
         "recall": _packing(sizeof(dm_msg_recall), [
             ("want", <size_t>&recall.want, sizeof(recall.want), False),
-            ("reserved", <size_t>&recall.reserved, sizeof(recall.reserved), False),
+            ("keep", <size_t>&recall.keep, sizeof(recall.keep), False),
         ]),
         "run": _packing(sizeof(dm_run), [
             ("pfn", <size_t>&run.pfn, sizeof(run.pfn), False),
@@ -280,6 +280,7 @@ cdef dict _host_fields(uint32_t host, dm_host_entry *entry):
         "incarnation": entry.incarnation,
         "heartbeat_ns": entry.heartbeat_ns,
         "nr_free": entry.nr_free,
+        "nr_coming_home": entry.homecoming.nr_frames,
         "nr_reserved": entry.nr_reserved,
         "vm_pieces": entry.vm_pieces,
         "frame_limit": entry.frame_limit,
@@ -877,14 +878,27 @@ cdef class Scrub:
 
     @property
     def suspects(self):
-        """Frames that the last look found wrong: dicts by frame.
+        """Frames and Refs that the last look found wrong: a dict for each, Refs first.
 
-        pfn, kind ("leaked", "missing", "orphan", "bad owner"), refcount, expected, owner, looks (in a row), certain,
+        kind ("leaked", "missing", "orphan", "bad owner"), pfn, refcount, expected, owner, looks (in a row), certain,
         repaired, host and op: whose intent record names the frame, 0 for nobody's. expected counts once settled.
+        Of a Ref whose holder is not attached: kind "orphan Ref", ref (its entry), owner (its holder), looks, certain,
+        repaired.
         """
         cdef dm_suspect *f
+        cdef dm_orphan *o
         cdef uint32_t i
         found = []
+        for i in range(self.s.nr_orphans):
+            o = <dm_orphan *>self.s.orphans + i
+            found.append({
+                "kind": "orphan Ref",
+                "ref": o.entry,
+                "owner": dm_ref_holder(o.word),
+                "looks": o.looks,
+                "certain": o.settled > 0,
+                "repaired": o.settled > 1,
+            })
         for i in range(self.s.nr_suspects):
             f = <dm_suspect *>self.s.suspects + i
             found.append({

@@ -135,6 +135,9 @@ cdef extern from "csrc/layout.h" nogil:
         uint64_t old
         uint64_t died_in
 
+    cdef struct dm_homecoming:
+        uint32_t nr_frames
+
     cdef struct dm_host_entry:
         uint32_t state
         uint32_t pid
@@ -149,6 +152,7 @@ cdef extern from "csrc/layout.h" nogil:
         uint64_t activity
         dm_intent intent
         char name[64]
+        dm_homecoming homecoming
         uint64_t counters[96]
 
     cdef struct dm_run:
@@ -273,7 +277,7 @@ cdef extern from "csrc/wire.h" nogil:
 
     cdef struct dm_msg_recall:
         uint32_t want
-        uint32_t reserved
+        uint32_t keep
 
 
 cdef extern from "csrc/device.h" nogil:
@@ -409,6 +413,12 @@ cdef extern from "csrc/scrub.h" nogil:
         uint32_t host
         uint32_t op
 
+    cdef struct dm_orphan:
+        uint32_t entry
+        uint32_t looks
+        uint32_t settled
+        uint64_t word
+
     cdef struct dm_scrub_look:
         uint64_t pool
         uint64_t free
@@ -426,6 +436,8 @@ cdef extern from "csrc/scrub.h" nogil:
         dm_suspect suspects[1]  # as many as C says
         uint32_t nr_suspects
         uint32_t nr_overflowed
+        dm_orphan orphans[1]
+        uint32_t nr_orphans
         char bad_entry[192]
 
     int dm_scrub_new(const dm_device *dev, dm_scrub **out, dm_error *err) noexcept

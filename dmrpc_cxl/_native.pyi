@@ -171,7 +171,7 @@ class Scrub:
 
     @property
     def suspects(self) -> list[dict[str, Any]]:
-        """Frames that the last look found wrong."""
+        """Frames and Refs that the last look found wrong."""
 
     @property
     def nr_overlooked(self) -> int:
@@ -193,7 +193,7 @@ class Ref:
     def to_bytes(self) -> bytes: ...
     @staticmethod
     def from_bytes(data: Buffer_, host: Host | None = None) -> Ref: ...
-    def accept(self) -> Ref: ...
+    def accept(self, *, anew: bool = False) -> Ref: ...
     def clone(self) -> Ref: ...
     def drop(self) -> bool: ...
 
@@ -466,6 +466,7 @@ RELAY_FD: int
 RELAY_ENDED: int
 RELAY_BROKE: int
 RELAY_LEAVING: int
+RELAY_CALL: int
 
 class Relay:
     """The connections of a load balancer, and the loop that passes frames on between them.
@@ -480,6 +481,9 @@ class Relay:
         max_backlog: int,
         overloaded: bytes,
         unreachable: bytes,
+        *,
+        in_turn: bool = False,
+        asks: bool = False,
     ) -> None:
         """Make one without connections.
 
@@ -488,6 +492,8 @@ class Relay:
             max_peers: connections.
             max_backlog: bytes kept for one that does not read; it is dropped after that.
             unreachable: ERROR frame for calls when there is no backend.
+            in_turn: backends get calls strictly in turn, whatever their load.
+            asks: run returns at every call, to be answered by pass_on or refuse.
         """
 
     def add(
@@ -517,8 +523,18 @@ class Relay:
         """Pass frames on until there is something for the caller: what, key or descriptor, text.
 
         RELAY_FD: a watched descriptor is readable. RELAY_ENDED, RELAY_BROKE: a connection is to be removed; in the second
-        case its peer may be told why. RELAY_LEAVING: a backend takes no more calls.
+        case its peer may be told why. RELAY_LEAVING: a backend takes no more calls. RELAY_CALL: a client has called, and run
+        says so again until that is answered.
         """
+
+    def call(self) -> tuple[int, int, int, bytes, bytes]:
+        """Return (method, flags, time_left_us, metadata, body) of the call that RELAY_CALL is about; both are copies."""
+
+    def pass_on(self, backend: int = 0) -> None:
+        """Give that call to a backend, by its key; 0: to one by policy."""
+
+    def refuse(self, error: bytes) -> None:
+        """Answer that call with an ERROR frame."""
 
     def kick(self) -> None:
         """Make run return, now or when it is called next."""
@@ -534,3 +550,22 @@ class Relay:
     def nr_waiting(self) -> int: ...
     def close(self) -> None:
         """Let go of everything but the connections' own descriptors. Idempotent."""
+
+# ---------------------------------------------------------------- crash points (_crash.pxi)
+
+CRASH_POINTS: dict[str, str]
+"""What each label of csrc/crash.h says has been done, in the order of that file."""
+CRASH_RECORD_BYTES: int
+"""Size of the file that counts passes and deaths."""
+
+def crash_point(label: str) -> None:
+    """Say that the step of that label has been taken."""
+
+def crash_at(label: str, passes: int = 1, record: str | None = None) -> None:
+    """Let this process kill itself at the passes-th time it comes to a label; "none": only count.
+
+    Raises KeyError: no such label.
+    """
+
+def crash_record(data: Buffer_) -> tuple[dict[str, int], dict[str, int]]:
+    """Return ({label: passes}, {label: deaths}) of the bytes of a record."""

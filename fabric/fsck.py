@@ -220,8 +220,11 @@ def describe(
     mapped: list[tuple[int, int, int, int]],
     held: list[tuple[int, int, int, int]],
 ) -> str:
-    """Say what is wrong with a frame, who holds it, and since which operation if an intent record tells."""
-    pfn, kind = one["pfn"], one["kind"]
+    """Say what is wrong with a Ref or a frame, who holds it, and since which operation if an intent record tells."""
+    kind = one["kind"]
+    if kind == "orphan Ref":
+        return f"Ref entry {one['ref']} is held by host {one['owner']}, which is not attached"
+    pfn = one["pfn"]
     if kind in ("orphan", "bad owner"):
         text = f"frame {pfn} is free and owned by host {one['owner']}, which is not attached"
     else:

@@ -16,17 +16,34 @@
 void dm_pt_set(struct dm_host *h, uint32_t page, uint32_t pfn, uint32_t nr, uint32_t head) {
     uint32_t *pt = h->pt + page, first = DM_PTE_PRESENT | pfn, i = 0;
     dm_quad four = {first, first + 1, first + 2, first + 3};
+    for (; DM_CRASH_IS_ARMED && i < nr; i++) {
+        pt[i] = first + i;
+        DM_CRASH_POINT(pte_set);
+    }
     for (; i + 4 <= nr; i += 4, four += 4)
         *(dm_quad *)(pt + i) = four;
     for (; i < nr; i++)
         pt[i] = first + i;
     pt[0] |= head;
+    DM_CRASH_POINT(pte_set);
+}
+
+/* Nobody's entries any more; their counts are not theirs, or known to be the last. */
+void dm_pt_clear(struct dm_host *h, uint32_t page, uint32_t nr) {
+    for (uint32_t i = 0; DM_CRASH_IS_ARMED && i < nr; i++) {
+        h->pt[page + i] = 0;
+        DM_CRASH_POINT(pte_cleared);
+    }
+    memset(h->pt + page, 0, nr * sizeof h->pt[0]);
 }
 
 void dm_pt_set_holes(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t head) {
-    for (uint32_t i = 0; i < nr; i++)
+    for (uint32_t i = 0; i < nr; i++) {
         h->pt[page + i] = DM_PTE_HOLE;
+        DM_CRASH_POINT(pte_hole);
+    }
     h->pt[page] |= head;
+    DM_CRASH_POINT(pte_hole);
 }
 
 static int pages_of(const struct dm_host *h, uint64_t size, uint32_t *nr, struct dm_error *e) {
@@ -80,13 +97,16 @@ static int ralloc_scattered(struct dm_host *h, uint32_t nr, uint64_t size, uint3
         }
         struct dm_intent *in =
             dm_intent_begin(h, DM_INTENT_ALLOC, page + done, run.count, run.pfn, 0, 0);
+        DM_CRASH_POINT(scatter_begun);
         dm_frames_enter_use(h, run.pfn, run.count);
         int s = dm_show(h, page + done, run.pfn, run.count, true, e);
+        DM_CRASH_POINT(scatter_shown);
         if (!s)
             dm_pt_set(h, page + done, run.pfn, run.count, done ? 0 : DM_PTE_HEAD);
         else
             dm_frames_leave_use(h, run.pfn, run.count);
         dm_intent_end(in);
+        DM_CRASH_POINT(scatter_ended);
         if (s) {
             dm_frame_freed(h, run.pfn, run.count);
             undo_scattered(h, page, done, nr);
@@ -158,9 +178,11 @@ int dm_ralloc(struct dm_host *h, uint64_t size, unsigned flags, bool may_block, 
         return s;
     }
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_ALLOC, pfn, nr, pfn, 0, 0);
+    DM_CRASH_POINT(alloc_begun);
     dm_frames_enter_use(h, pfn, nr);
     dm_pt_set(h, pfn, pfn, nr, DM_PTE_HEAD);
     dm_intent_end(in);
+    DM_CRASH_POINT(alloc_ended);
     *id = dm_vma_new(h, pfn, nr, size, 0, DM_VMA_EXCLUSIVE);
     if (!*id) {
         dm_uncount_pages(h, pfn, nr);
@@ -207,6 +229,7 @@ void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr) {
         uint32_t pte = h->pt[page + i];
         __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + DM_COUNTS_AHEAD], 1);
         __atomic_store_n(&h->pt[page + i], 0, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(pte_uncounted);
         if (h->free.nr_displaced && page + i < h->nr_frames)
             dm_freelist_vacated(&h->free, page + i);
         if (pte & DM_PTE_PRESENT && dm_count_down(h, pte & DM_PTE_PFN))
@@ -227,11 +250,15 @@ int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e) {
     }
     if ((v->flags & (DM_VMA_EXCLUSIVE | DM_VMA_DIRTY)) == DM_VMA_EXCLUSIVE) {
         struct dm_intent *in = dm_intent_begin(h, DM_INTENT_FREE_X, page, nr, page, 0, 0);
-        memset(h->pt + page, 0, nr * sizeof h->pt[0]);
+        DM_CRASH_POINT(free_begun);
+        dm_pt_clear(h, page, nr);
         dm_frames_leave_use(h, page, nr);
         dm_intent_end(in);
-        dm_freelist_put(&h->free, page, nr);
-        h->entry->nr_free = h->free.nr_free;
+        DM_CRASH_POINT(free_ended);
+        if (!v->home || !dm_send_home(h, v->home, page, nr)) {
+            dm_freelist_put(&h->free, page, nr);
+            h->entry->nr_free = h->free.nr_free;
+        }
     } else {
         int s = v->flags & DM_VMA_DIRTY ? dm_restore(h, page, nr, e) : DM_OK;
         if (s)

@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -281,6 +282,19 @@ static int register_host(struct dm_host *h, const struct dm_attach *how, struct 
     return DM_OK;
 }
 
+/* The coordinator may have died since it answered REGISTER: its successor knows us, and is waited for. */
+static int be_guarded(struct dm_host *h, struct dm_error *e) {
+    uint64_t give_up = dm_now_ns() + h->deadline_ns;
+    unsigned pause_ms = 2;
+    int s;
+    while ((s = dm_guard_open(h, e)) == DM_ERR_COORDINATOR_LOST &&
+           dm_now_ns() + pause_ms * 1000000ull < give_up) {
+        (void)poll(NULL, 0, (int)pause_ms);
+        pause_ms = pause_ms < 100 ? pause_ms * 2 : 100;
+    }
+    return s;
+}
+
 /* ---------------------------------------------------------------- attach and detach */
 
 static void release(struct dm_host *h) {
@@ -340,19 +354,22 @@ static int set_up(struct dm_host *h, const struct dm_attach *how, struct dm_erro
     h->fabric_id = h->device.geo.fabric_id;
     if ((s = start_uffd(h, how, e)) || (s = register_host(h, how, e)))
         return s;
+    DM_CRASH_POINT(attach_registered);
     h->entry = &h->device.hosts[h->id - 1];
     h->pt = dm_device_ptes(&h->device, h->id);
     h->ref_cursor = (uint32_t)((uint64_t)(h->id - 1) * h->max_refs / h->device.geo.max_hosts);
     for (unsigned i = 0; i < DM_REF_RING; i++)
         h->ref_ring[i] = h->ref_cursor;
-    if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = dm_guard_open(h, e)))
+    if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = be_guarded(h, e)))
         return s;
+    DM_CRASH_POINT(attach_guarded);
     s = dm_handler_start(h, e);
     close_guard(h);
     return s;
 }
 
 int dm_attach(const struct dm_attach *how, struct dm_host **out, struct dm_error *e) {
+    dm_crash_read_environment();
     struct dm_host *h = calloc(1, sizeof *h);
     if (!h)
         return dm_fail(e, DM_ERR_NO_MEMORY, "no memory for a host");
@@ -388,8 +405,10 @@ static void drop_held_refs(struct dm_host *h) {
         uint64_t mine = dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(word));
         /* Somebody may accept it at this very moment: then it is theirs. */
         if (__atomic_compare_exchange_n(&h->refs[i].state, &word, mine, false, __ATOMIC_ACQ_REL,
-                                        __ATOMIC_RELAXED))
+                                        __ATOMIC_RELAXED)) {
+            DM_CRASH_POINT(detach_dropping);
             dm_ref_release(h, i);
+        }
     }
 }
 
@@ -400,8 +419,10 @@ int dm_detach(struct dm_host *h, struct dm_error *e) {
     for (uint32_t id = 1; id <= h->nr_vmas; id++)
         if (h->vmas[id].flags & DM_VMA_USED)
             (void)dm_rfree(h, id, e);
+    DM_CRASH_POINT(detach_unmapped);
     drop_held_refs(h);
     (void)dm_give_back(h, &h->link, 0, e);
+    DM_CRASH_POINT(detach_returned);
     h->closed = true;
     dm_unlock(h);
     dm_handler_stop(h);
@@ -415,6 +436,7 @@ int dm_detach(struct dm_host *h, struct dm_error *e) {
     pthread_mutex_unlock(&h->link_lock);
     if (s == DM_ERR_FENCED)
         s = DM_OK; /* the answer to a LEAVE was lost, and it was carried out */
+    DM_CRASH_POINT(detach_left);
     release(h);
     return s;
 }

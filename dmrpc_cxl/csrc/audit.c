@@ -5,6 +5,7 @@
  *                    + live Refs that cover f
  *                    + 1 if f is an overflow frame of a Ref
  *     and with refcount 0: owner(f) is the pool or a host that is not FREE
+ *     and every Ref has a holder that is not FREE: of one without nobody would ever think again
  *
  * Exact on a quiescent fabric. With operations in flight counts and mappings change between two looks, and what is
  * reported may be transient; `in_flight` tells that some were seen.
@@ -166,6 +167,17 @@ static uint64_t audit_overflow(struct audit *a, uint32_t entry, const struct dm_
     return pages;
 }
 
+/* The word is read once more: a Ref may have gone to another holder before this one's entry became free. */
+static void audit_holder(struct audit *a, uint32_t entry, uint64_t word) {
+    const struct dm_device *dev = a->dev;
+    uint32_t holder = dm_ref_holder(word);
+    bool there = holder >= 1 && holder <= dev->geo.max_hosts &&
+                 __atomic_load_n(&dev->hosts[holder - 1].state, __ATOMIC_ACQUIRE) != DM_HOST_FREE;
+    if (!there && __atomic_load_n(&dev->refs[entry].state, __ATOMIC_ACQUIRE) == word)
+        violation(a, DM_NO_FRAME, "Ref entry %u is held by host %u, which is not attached: leaked",
+                  entry, holder);
+}
+
 static void audit_ref(struct audit *a, uint32_t entry) {
     struct dm_ref_entry ref;
     uint8_t state = dm_ref_state(__atomic_load_n(&a->dev->refs[entry].state, __ATOMIC_ACQUIRE));
@@ -181,6 +193,7 @@ static void audit_ref(struct audit *a, uint32_t entry) {
         a->out->in_flight++;
     if (state > DM_REF_CLONING)
         violation(a, DM_NO_FRAME, "Ref entry %u: state %u is none", entry, state);
+    audit_holder(a, entry, ref.state);
     /* BUILDING: the counts are not the Ref's yet. In the other states they are until it is FREE. */
     if (state < DM_REF_LIVE || state > DM_REF_CLONING)
         return;

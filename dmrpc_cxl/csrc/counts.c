@@ -17,6 +17,7 @@ void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     for (uint32_t i = 0; i < nr; i++) {
         __builtin_prefetch(&word[i + AHEAD], 1);
         word[i] = (word[i] & 0xffff000000000000ull) + dm_frame_pack(1, h->id, 1);
+        DM_CRASH_POINT(frame_in_use);
     }
 }
 
@@ -27,6 +28,7 @@ void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     for (uint32_t i = 0; i < nr; i++) {
         __builtin_prefetch(&word[i + AHEAD], 1);
         word[i] = (word[i] & 0xffff000000000000ull) | dm_frame_pack(0, h->id, 0);
+        DM_CRASH_POINT(frame_left_use);
     }
 }
 
@@ -43,6 +45,7 @@ bool dm_count_down(struct dm_host *h, uint32_t pfn) {
             dm_frame_refcount(word) == 1 ? dm_frame_pack(0, h->id, dm_frame_seq(word)) : word - 1;
     } while (!__atomic_compare_exchange_n(&h->frames[pfn], &word, next, true, __ATOMIC_ACQ_REL,
                                           __ATOMIC_RELAXED));
+    DM_CRASH_POINT(frame_counted_down);
     return dm_frame_refcount(next) == 0;
 }
 

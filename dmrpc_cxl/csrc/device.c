@@ -381,6 +381,7 @@ static void *map_aligned(const struct dm_device *dev, int prot) {
  * failure *dev needs no close.
  */
 int dm_device_open(struct dm_device *dev, int fd, bool writable, struct dm_error *err) {
+    dm_crash_read_environment();
     uint64_t file_bytes = 0;
 
     memset(dev, 0, sizeof *dev);

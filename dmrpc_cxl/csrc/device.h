@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/types.h>
 
+#include "crash.h"
 #include "layout.h"
 #include "status.h"
 

@@ -91,6 +91,7 @@ int dm_device_transfer(struct dm_device *dev, uint64_t pfn, uint64_t nr, uint32_
         } while (!__atomic_compare_exchange_n(at, &word, next, false, __ATOMIC_ACQ_REL,
                                               __ATOMIC_RELAXED));
         *moved = i + 1;
+        DM_CRASH_POINT(transfer_worded);
     }
     return DM_OK;
 }
@@ -122,8 +123,11 @@ int dm_device_start_coordinator(struct dm_device *dev, struct dm_coordinator *wh
     if (status != DM_OK)
         return status;
     write_coordinator(dev->sb, who);
+    DM_CRASH_POINT(epoch_begun);
     who->epoch = __atomic_add_fetch(&dev->sb->coordinator_epoch, 1, __ATOMIC_ACQ_REL);
+    DM_CRASH_POINT(epoch_raised);
     __atomic_store_n(&dev->sb->coordinator_pid, who->pid, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(epoch_entered);
     return DM_OK;
 }
 
@@ -133,6 +137,7 @@ bool dm_device_stop_coordinator(struct dm_device *dev, uint64_t epoch) {
     if (!dev->writable || __atomic_load_n(&dev->sb->coordinator_epoch, __ATOMIC_ACQUIRE) != epoch)
         return false;
     write_coordinator(dev->sb, &nobody);
+    DM_CRASH_POINT(epoch_left);
     return true;
 }
 
@@ -244,6 +249,7 @@ int dm_device_activate_host(struct dm_device *dev, uint32_t host,
     status = prepare_page_table(dev, host, err);
     if (status != DM_OK)
         return status;
+    DM_CRASH_POINT(host_cleared);
     clock_gettime(CLOCK_REALTIME, &now);
     memset(entry, 0, sizeof *entry); /* state stays FREE, which is 0 */
     entry->pid = who->pid;
@@ -253,7 +259,9 @@ int dm_device_activate_host(struct dm_device *dev, uint32_t host,
     entry->registered_ns = (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
     memcpy(entry->name, who->name, strnlen(who->name, sizeof entry->name - 1));
     /* Release: whoever sees ACTIVE sees the entry and the empty page table. */
+    DM_CRASH_POINT(host_entered);
     __atomic_store_n(&entry->state, DM_HOST_ACTIVE, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(host_active);
     return DM_OK;
 }
 
@@ -269,6 +277,8 @@ int dm_device_set_host_state(struct dm_device *dev, uint32_t host, uint32_t expe
     if (status == DM_OK)
         *changed = __atomic_compare_exchange_n(&dev->hosts[host - 1].state, &expect, state, false,
                                                __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    if (status == DM_OK && *changed)
+        DM_CRASH_POINT(host_state_set);
     return status;
 }
 

@@ -59,6 +59,7 @@ int dm_ralloc(struct dm_host *h, uint64_t size, unsigned flags, bool may_block, 
 void dm_zero(struct dm_host *h, uint32_t id);
 int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e);
 void dm_pt_set(struct dm_host *h, uint32_t page, uint32_t pfn, uint32_t nr, uint32_t head);
+void dm_pt_clear(struct dm_host *h, uint32_t page, uint32_t nr);
 void dm_pt_set_holes(struct dm_host *h, uint32_t page, uint32_t nr, uint32_t head);
 void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr);
 void dm_freed_add(struct dm_host *h, struct dm_run *run, uint32_t pfn);
@@ -88,7 +89,7 @@ int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wi
 /* ref.c */
 int dm_ref_check(struct dm_host *h, const struct dm_ref_wire *w, uint32_t *index, uint64_t *word,
                  struct dm_error *e);
-int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e);
+int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, bool anew, struct dm_error *e);
 int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
                  struct dm_ref_wire *out, struct dm_error *e);
 int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error *e);

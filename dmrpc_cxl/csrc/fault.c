@@ -112,22 +112,29 @@ static void copy_frames(struct dm_host *h, uint32_t page, const struct dm_run *r
 static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page,
                           const struct dm_run *run) {
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_COW, page, run->count, run->pfn, 0, 0);
+    DM_CRASH_POINT(cow_begun);
     dm_frames_enter_use(h, run->pfn, run->count);
     copy_frames(h, page, run);
+    DM_CRASH_POINT(cow_copied);
     show_or_die(h, page, run->pfn, run->count);
+    DM_CRASH_POINT(cow_shown);
     struct dm_run freed = {0, 0};
     for (uint32_t i = 0; i < run->count; i++) {
         uint32_t pte = h->pt[page + i], old = pte & DM_PTE_PFN;
         in->old = old;
+        DM_CRASH_POINT(cow_noted);
         __atomic_store_n(&h->pt[page + i], (pte & DM_PTE_HEAD) | DM_PTE_PRESENT | (run->pfn + i),
                          __ATOMIC_RELEASE);
+        DM_CRASH_POINT(cow_repointed);
         dm_intent_progress(in, i + 1);
+        DM_CRASH_POINT(cow_progress);
         /* Two hosts may copy the same frame at once: the drop that returns "last" reclaims it. */
         if (dm_count_down(h, old))
             dm_freed_add(h, &freed, old);
     }
     dm_freed_end(h, &freed);
     dm_intent_end(in);
+    DM_CRASH_POINT(cow_ended);
     v->flags |= DM_VMA_DIRTY;
     reserve_used(h, v, run->count);
 }
@@ -136,11 +143,15 @@ static void fill_holes(struct dm_host *h, struct dm_vma *v, uint32_t page,
                        const struct dm_run *run) {
     uint64_t bytes = (uint64_t)run->count << h->page_shift;
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_FILL, page, run->count, run->pfn, 0, 0);
+    DM_CRASH_POINT(fill_begun);
     dm_frames_enter_use(h, run->pfn, run->count);
     memset(dm_frame_data(h, run->pfn), 0, bytes);
+    DM_CRASH_POINT(fill_zeroed);
     show_or_die(h, page, run->pfn, run->count);
+    DM_CRASH_POINT(fill_shown);
     dm_pt_set(h, page, run->pfn, run->count, h->pt[page] & DM_PTE_HEAD);
     dm_intent_end(in);
+    DM_CRASH_POINT(fill_ended);
     DM_COUNT(h, frames_filled, run->count);
     DM_COUNT(h, bytes_zeroed, bytes);
     v->flags |= DM_VMA_DIRTY;

@@ -32,6 +32,7 @@ static void put_ref_back(struct dm_host *h, struct placing *p) {
     __atomic_store_n(&h->refs[p->index].state,
                      dm_ref_pack(DM_REF_LIVE, dm_ref_flags(p->word), h->id, dm_ref_gen(p->word)),
                      __ATOMIC_RELEASE);
+    DM_CRASH_POINT(map_put_back);
 }
 
 static int take_ref(struct dm_host *h, const struct dm_ref_wire *w, struct placing *p,
@@ -47,6 +48,7 @@ static int take_ref(struct dm_host *h, const struct dm_ref_wire *w, struct placi
         return dm_ref_state(expect) == DM_REF_CLONING
                    ? DM_REF_BUSY
                    : dm_fail(e, DM_ERR_REF_CONSUMED, "another holder took this Ref at this moment");
+    DM_CRASH_POINT(map_claimed);
     struct dm_ref_entry *entry = &h->refs[p->index];
     p->nr = entry->nr_pages;
     s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &p->runs);
@@ -128,6 +130,7 @@ void dm_map_commit(struct dm_host *h, uint32_t index, uint32_t page, uint32_t nr
     struct dm_ref_entry *entry = &h->refs[index];
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_MAP, page, nr, 0, index,
                                            __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
+    DM_CRASH_POINT(map_begun);
     uint32_t at = page, head = DM_PTE_HEAD;
     for (uint32_t r = 0; r < runs->nr; r++) {
         const struct dm_run *run = &runs->list[r];
@@ -138,10 +141,13 @@ void dm_map_commit(struct dm_host *h, uint32_t index, uint32_t page, uint32_t nr
         at += run->count;
         head = 0;
     }
+    DM_CRASH_POINT(map_shown);
     dm_intent_progress(in, 1);
+    DM_CRASH_POINT(map_passed);
     dm_ref_free_overflow(h, entry);
     (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
+    DM_CRASH_POINT(map_ended);
 }
 
 static int reserve(struct dm_host *h, uint32_t nr, bool may_block, struct dm_error *e) {
@@ -189,8 +195,10 @@ static int map_copy(struct dm_host *h, struct placing *p, uint32_t *id, struct d
         }
     }
     dm_lock(h);
+    DM_CRASH_POINT(map_copied);
     __atomic_store_n(&h->refs[p->index].state,
                      dm_ref_pack(DM_REF_DROPPING, 0, h->id, dm_ref_gen(p->word)), __ATOMIC_RELEASE);
+    DM_CRASH_POINT(map_dropping);
     dm_ref_release(h, p->index);
     DM_COUNT(h, eager_copies, 1);
     DM_COUNT(h, bytes_copied, p->nr * page_bytes);
@@ -223,6 +231,8 @@ static int map_shared(struct dm_host *h, struct placing *p, unsigned flags, bool
         put_ref_back(h, p);
         return s;
     }
+    h->vmas[*id].home = p->exclusive ? entry->creator : DM_OWNER_POOL;
+    DM_CRASH_POINT(map_placed);
     dm_map_commit(h, p->index, p->page, p->nr, &p->runs);
     if (promised && p->exclusive && !(p->vma_flags & DM_VMA_HOLES)) {
         unreserve(h, promised);

@@ -63,6 +63,7 @@ static void count_down(struct recovery *r, uint32_t pfn) {
     } while (
         !__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
     r->out->frames_reclaimed += dm_frame_refcount(next) == 0;
+    DM_CRASH_POINT(recover_counted_down);
 }
 
 /* A frame that the dead host took from its free list, or still has there: its word names the host until it is in the
@@ -75,14 +76,17 @@ static void reclaim(struct recovery *r, uint32_t pfn) {
         return;
     if (__atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
                                     dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
-                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
         r->out->frames_reclaimed++;
+        DM_CRASH_POINT(recover_reclaimed);
+    }
 }
 
 static void progress(struct recovery *r, uint64_t value) {
     if (fenced(r))
         return;
     __atomic_store_n(&r->intent->progress, value, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(recover_progress);
 }
 
 /* ---------------------------------------------------------------- Refs */
@@ -112,6 +116,7 @@ static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
         if (fenced(r) || !__atomic_compare_exchange_n(&entry->overflow, &link, o->next, false,
                                                       __ATOMIC_RELEASE, __ATOMIC_RELAXED))
             return;
+        DM_CRASH_POINT(recover_unlinked);
         /* Linked before it was counted: a frame still on the dead host's free list has no count to drop. */
         if (dm_frame_refcount(__atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE)))
             count_down(r, pfn);
@@ -121,9 +126,10 @@ static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
 /* By compare-and-swap: a successor may have done it, and somebody may use the entry again. */
 static void make_free(struct dm_ref_entry *entry) {
     uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
-    (void)__atomic_compare_exchange_n(&entry->state, &word,
-                                      dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1), false,
-                                      __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+    if (__atomic_compare_exchange_n(&entry->state, &word,
+                                    dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1), false,
+                                    __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        DM_CRASH_POINT(recover_ref_freed);
 }
 
 static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
@@ -136,6 +142,7 @@ static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
     r->intent->nr = entry->nr_pages;
     progress(r, done);
     __atomic_store_n(&r->intent->op, DM_INTENT_DROP, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(recover_drop_begun);
     uint64_t at = 0;
     for (uint32_t i = 0; i < runs.nr; i++)
         for (uint32_t k = 0; k < runs.list[i].count; k++)
@@ -164,6 +171,7 @@ static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
     free_overflow(r, entry);
     make_free(entry);
     __atomic_store_n(&r->intent->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(recover_drop_ended);
     r->out->refs_dropped++;
 }
 
@@ -185,8 +193,10 @@ static void drop_held_refs(struct recovery *r) {
             if (__atomic_compare_exchange_n(
                     &entry->state, &word,
                     dm_ref_pack(DM_REF_DROPPING, 0, r->host, dm_ref_gen(word)), false,
-                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                    __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+                DM_CRASH_POINT(recover_claimed);
                 finish_drop(r, i, 0);
+            }
             break;
         case DM_REF_DROPPING:
             /* Claimed, and the intent not written yet: no count was dropped. */
@@ -207,8 +217,10 @@ static bool ref_untouched(struct recovery *r) {
 }
 
 static void clear_ptes(struct recovery *r) {
-    for (uint64_t i = 0; i < r->intent->nr && !fenced(r); i++)
+    for (uint64_t i = 0; i < r->intent->nr && !fenced(r); i++) {
         __atomic_store_n(&r->pt[r->intent->page + i], 0, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(recover_pte_undone);
+    }
 }
 
 /* Counts that were taken for a Ref which never became live: the first `progress` of the mapping's pages. */
@@ -269,10 +281,30 @@ static void finish_free(struct recovery *r) {
     }
 }
 
+/* Free frames that the host was handing to another: what was stored is that one's, unless it is gone, too. */
+static void take_back(struct recovery *r) {
+    const struct dm_intent *in = r->intent;
+    if (in->page == DM_OWNER_POOL || in->page > r->dev->geo.max_hosts)
+        return;
+    for (uint64_t i = 0; i < in->nr; i++) {
+        uint32_t pfn = in->pfn + (uint32_t)i;
+        if (pfn >= r->nr_frames || fenced(r) ||
+            __atomic_load_n(&r->dev->hosts[in->page - 1].state, __ATOMIC_ACQUIRE) == DM_HOST_ACTIVE)
+            return;
+        uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE);
+        if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == in->page &&
+            dm_frame_coming(word) &&
+            __atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
+                                        dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            r->out->frames_reclaimed++;
+    }
+}
+
 static bool intent_makes_sense(const struct recovery *r) {
     const struct dm_intent *in = r->intent;
     uint64_t pages = r->dev->geo.ptes_per_host;
-    return in->op <= DM_INTENT_RETURN && in->ref < r->dev->geo.max_refs && in->page <= pages &&
+    return in->op <= DM_INTENT_HOME && in->ref < r->dev->geo.max_refs && in->page <= pages &&
            in->nr <= pages - in->page && in->progress <= in->nr + 1;
 }
 
@@ -327,6 +359,9 @@ static void settle_intent(struct recovery *r) {
     case DM_INTENT_FILL:
         settle_new_frames(r, false);
         break;
+    case DM_INTENT_HOME:
+        take_back(r);
+        break;
     case DM_INTENT_NONE:
     case DM_INTENT_RETURN:
         break;
@@ -346,6 +381,7 @@ static void unmap_pages(struct recovery *r) {
             return;
         /* Two that recover the same host, one of them a moment too late: the entry is one's alone. */
         uint32_t pte = __atomic_exchange_n(&r->pt[i], 0, __ATOMIC_ACQ_REL);
+        DM_CRASH_POINT(recover_pte_cleared);
         if (pte & DM_PTE_PRESENT) {
             count_down(r, pte & DM_PTE_PFN);
             r->out->pages_unmapped++;
@@ -354,6 +390,8 @@ static void unmap_pages(struct recovery *r) {
 }
 
 static void take_free_frames(struct recovery *r) {
+    /* Pairs with the one in home.c: whoever still found the host ACTIVE stored its words before we look at them. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     for (uint32_t pfn = 0; pfn < r->nr_frames; pfn++) {
         uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_RELAXED);
         if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == r->host)
@@ -382,13 +420,18 @@ int dm_recover_host(struct dm_device *dev, uint32_t host, struct dm_recovery *ou
     if (out->intent !=
         DM_INTENT_NONE) /* for `dmrpc fsck`: since which operation something is wrong */
         __atomic_store_n(&r.intent->died_in, out->intent, __ATOMIC_RELAXED);
+    DM_CRASH_POINT(recover_begun);
     settle_intent(&r);
+    DM_CRASH_POINT(recover_intent_done);
     if (!r.no_memory && !r.fenced)
         drop_held_refs(&r);
+    DM_CRASH_POINT(recover_refs_done);
     if (r.no_memory)
         return dm_fail(e, DM_ERR_NO_MEMORY, "no memory to recover host %u", host);
     unmap_pages(&r);
+    DM_CRASH_POINT(recover_pages_done);
     take_free_frames(&r);
+    DM_CRASH_POINT(recover_ended);
     if (fenced(&r))
         return dm_fail(e, DM_ERR_REPLACED,
                        "another coordinator has taken over, and recovers host %u", host);

@@ -2,8 +2,8 @@
  * ref.c - the Ref table: entries, their state word, the form on the wire, accept, clone and drop.
  *
  * The state word decides everything: whoever moves it by compare-and-swap from the exact word it read has the Ref.
- * Its generation grows when a Ref is accepted by another holder and when the entry becomes free, so bytes that
- * were passed on or used are recognised as stale for ever (32 bits of them).
+ * Its generation grows when a Ref is accepted by another holder, or anew, and when the entry becomes free, so bytes
+ * that were passed on or used are recognised as stale for ever (32 bits of them).
  *
  *     FREE g -> BUILDING g -> LIVE g --map--> MAPPING g -> FREE g+1
  *                               |  \--drop--> DROPPING g -> FREE g+1
@@ -229,6 +229,7 @@ int dm_ref_slot(struct dm_host *h, uint32_t *index, struct dm_error *e) {
         "more (max_refs)",
         h->max_refs);
 found:;
+    DM_CRASH_POINT(slot_taken);
     struct dm_ref_entry *entry = &h->refs[*index];
     entry->nr_runs = 0;
     entry->nr_pages = 0;
@@ -242,6 +243,7 @@ uint64_t dm_ref_make_free(struct dm_host *h, uint32_t index) {
     uint64_t word = __atomic_load_n(&h->refs[index].state, __ATOMIC_RELAXED);
     uint64_t next = dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1);
     __atomic_store_n(&h->refs[index].state, next, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(ref_freed);
     return next;
 }
 
@@ -256,6 +258,7 @@ void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry) {
         uint32_t pfn = entry->overflow - 1;
         const struct dm_ref_overflow *o = (const struct dm_ref_overflow *)dm_frame_data(h, pfn);
         __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(overflow_unlinked);
         if (dm_count_down(h, pfn))
             dm_frame_freed(h, pfn, 1);
     }
@@ -279,11 +282,14 @@ int dm_ref_store_runs(struct dm_host *h, uint32_t index, const struct dm_run *ru
         o->nr_runs = n;
         memcpy(o->runs, runs + end - n, n * sizeof runs[0]);
         __atomic_store_n(&entry->overflow, pfn + 1, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(overflow_linked);
         dm_frames_enter_use(h, pfn, 1);
         entry->nr_overflow++;
+        DM_CRASH_POINT(overflow_counted);
         end -= n;
     }
     entry->nr_runs = nr_runs;
+    DM_CRASH_POINT(runs_stored);
     return DM_OK;
 }
 
@@ -307,19 +313,22 @@ void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_
     /* Relaxed: who reads it before the state below does not fit it, see dm_ref_check. */
     __atomic_store_n(&entry->nonce, next_nonce(h), __ATOMIC_RELAXED);
     dm_ref_wire_of(h, index, out);
+    DM_CRASH_POINT(ref_filled);
     __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_LIVE, flags, h->id, gen), __ATOMIC_RELEASE);
+    DM_CRASH_POINT(ref_published);
 }
 
 /* ---------------------------------------------------------------- accept, clone, drop */
 
-/* Become the holder. The bytes the Ref came in are stale afterwards; w gets the new ones. */
-int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e) {
+/* Become the holder. The bytes the Ref came in are stale afterwards; w gets the new ones. Who holds it already keeps them,
+ * unless it says `anew`: two parts of one process that pass a Ref on must not both be able to drop it. */
+int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, bool anew, struct dm_error *e) {
     uint32_t index;
     uint64_t word;
     int s = dm_ref_check(h, w, &index, &word, e);
     if (s)
         return s;
-    if (dm_ref_holder(word) == h->id)
+    if (dm_ref_holder(word) == h->id && !anew)
         return DM_OK;
     uint64_t mine = dm_ref_pack(DM_REF_LIVE, dm_ref_flags(word), h->id, dm_ref_gen(word) + 1);
     if (!__atomic_compare_exchange_n(&h->refs[index].state, &word, mine, false, __ATOMIC_ACQ_REL,
@@ -327,6 +336,7 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e) 
         return dm_ref_state(word) == DM_REF_CLONING
                    ? DM_REF_BUSY
                    : dm_fail(e, DM_ERR_REF_CONSUMED, "another holder took this Ref at this moment");
+    DM_CRASH_POINT(ref_accepted);
     w->generation = dm_ref_gen(mine);
     w->check = wire_checksum(w);
     DM_COUNT(h, accept_calls, 1);
@@ -339,6 +349,7 @@ static void drop_shared(struct dm_host *h, struct dm_intent *in, const struct dm
     for (uint32_t i = 0; i < run->count; i++) {
         __builtin_prefetch(&h->frames[run->pfn + i + DM_COUNTS_AHEAD], 1);
         dm_intent_progress(in, ++progress);
+        DM_CRASH_POINT(drop_progress);
         if (dm_count_down(h, run->pfn + i))
             dm_freed_add(h, freed, run->pfn + i);
     }
@@ -356,6 +367,7 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
         dm_fatal(h, "Ref entry %u is damaged (status %d); run `dmrpc fabric verify`", index, s);
     uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_DROP, 0, entry->nr_pages, 0, index, word);
+    DM_CRASH_POINT(drop_begun);
     struct dm_run freed = {0, 0};
     uint64_t progress = 0;
     for (uint32_t r = 0; r < runs.nr; r++) {
@@ -364,15 +376,23 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
             drop_shared(h, in, run, progress, &freed);
         } else if (run->pfn != DM_NO_FRAME) {
             dm_frames_leave_use(h, run->pfn, run->count);
-            dm_frame_freed(h, run->pfn, run->count);
         }
         progress += run->count;
         dm_intent_progress(in, progress); /* complete: the runs are not needed any more */
+        DM_CRASH_POINT(drop_run_done);
     }
     dm_freed_end(h, &freed);
+    uint16_t home = entry->creator;
     dm_ref_free_overflow(h, entry);
     (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
+    DM_CRASH_POINT(drop_ended);
+    if (dm_ref_flags(word) & DM_REF_EXCLUSIVE)
+        for (uint32_t r = 0; r < runs.nr; r++) {
+            const struct dm_run *run = &runs.list[r];
+            if (run->pfn != DM_NO_FRAME && !dm_send_home(h, home, run->pfn, run->count))
+                dm_frame_freed(h, run->pfn, run->count);
+        }
     dm_runs_free(&runs);
 }
 
@@ -383,6 +403,7 @@ int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error 
     int s = dm_ref_check(h, w, &index, &word, e);
     if (s || (s = claim(h, index, &word, DM_REF_DROPPING, e)))
         return s;
+    DM_CRASH_POINT(drop_claimed);
     dm_ref_release(h, index);
     DM_COUNT(h, drop_calls, 1);
     return DM_OK;
@@ -441,12 +462,15 @@ static int count_runs(struct dm_host *h, struct dm_intent *in, const struct dm_r
                 while (progress > 0) {
                     uint32_t pfn = frame_at(runs, --progress);
                     dm_intent_progress(in, progress);
+                    DM_CRASH_POINT(clone_undoing);
                     if (pfn != DM_NO_FRAME)
                         (void)dm_count_down(h, pfn); /* the source's stays: never the last */
                 }
                 return DM_ERR_TOO_MANY_REFS;
             }
+            DM_CRASH_POINT(clone_counted);
             dm_intent_progress(in, ++progress);
+            DM_CRASH_POINT(clone_progress);
         }
     }
     return DM_OK;
@@ -455,12 +479,13 @@ static int count_runs(struct dm_host *h, struct dm_intent *in, const struct dm_r
 /* Another Ref to the same bytes. The source is accepted first if it is not ours, so its bytes may change. */
 int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
                  struct dm_ref_wire *out, struct dm_error *e) {
-    int s = dm_ref_accept(h, source, e);
+    int s = dm_ref_accept(h, source, false, e);
     uint32_t index, copy;
     uint64_t word;
     if (s || (s = dm_ref_check(h, source, &index, &word, e)) ||
         (s = claim(h, index, &word, DM_REF_CLONING, e)))
         return s;
+    DM_CRASH_POINT(clone_claimed);
     struct dm_ref_entry *from = &h->refs[index];
     struct dm_runs runs;
     dm_runs_init(&runs);
@@ -479,12 +504,14 @@ int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
             to->nr_pages = from->nr_pages;
             struct dm_intent *in = dm_intent_begin(h, DM_INTENT_CLONE, 0, from->nr_pages, 0, copy,
                                                    __atomic_load_n(&to->state, __ATOMIC_RELAXED));
+            DM_CRASH_POINT(clone_begun);
             s = count_runs(h, in, &runs);
             if (!s) {
                 flags &= (uint8_t)~DM_REF_EXCLUSIVE;
                 dm_ref_publish(h, copy, 0, out);
             }
             dm_intent_end(in);
+            DM_CRASH_POINT(clone_ended);
         }
         if (s)
             dm_ref_slot_undo(h, copy);
@@ -492,6 +519,7 @@ int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
     /* Release: the source is as it was, but for its flag, before anybody can claim it again. */
     __atomic_store_n(&from->state, dm_ref_pack(DM_REF_LIVE, flags, h->id, dm_ref_gen(word)),
                      __ATOMIC_RELEASE);
+    DM_CRASH_POINT(clone_released);
     dm_runs_free(&runs);
     if (!s)
         DM_COUNT(h, clone_calls, 1);

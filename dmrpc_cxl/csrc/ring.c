@@ -418,7 +418,9 @@ static int write_some(struct dm_ring *r, struct cursor *c, struct dm_error *e) {
             gather(c, o->data, n - first);
         o->tail += n;
         COUNT(o->bytes, n);
+        DM_CRASH_POINT(ring_written);
         publish_tail(r);
+        DM_CRASH_POINT(ring_published);
     }
     return DM_OK;
 }
@@ -626,7 +628,9 @@ int64_t dm_ring_fill(struct dm_ring *r, char *to, uint64_t want, struct dm_error
         if (n > STEP)
             n = STEP;
         copy_out(r, to + done, n);
+        DM_CRASH_POINT(ring_copied);
         publish_head(r);
+        DM_CRASH_POINT(ring_consumed);
         done += n;
     }
     i->got += (uint32_t)done;

@@ -90,6 +90,17 @@ static bool runs_of_ref(const struct dm_device *dev, uint8_t *page, const struct
     }
 }
 
+static bool attached(const struct dm_device *dev, uint32_t host) {
+    return host >= 1 && host <= dev->geo.max_hosts &&
+           __atomic_load_n(&dev->hosts[host - 1].state, __ATOMIC_ACQUIRE) != DM_HOST_FREE;
+}
+
+/* Is a Ref in this state nobody's? The word is read again behind the host's state: its holder was none at that moment. */
+static bool is_orphan(const struct dm_device *dev, uint32_t index, uint64_t word) {
+    return dm_ref_state(word) != DM_REF_FREE && !attached(dev, dm_ref_holder(word)) &&
+           __atomic_load_n(&dev->refs[index].state, __ATOMIC_ACQUIRE) == word;
+}
+
 static bool holds_counts(uint8_t state) { return state >= DM_REF_LIVE && state <= DM_REF_CLONING; }
 
 static void add_expected(void *arg, uint32_t pfn, uint32_t nr) {
@@ -99,10 +110,23 @@ static void add_expected(void *arg, uint32_t pfn, uint32_t nr) {
         s->expected[pfn + i]++;
 }
 
+static void note_orphan(struct dm_scrub *s, uint32_t index, uint64_t word) {
+    if (s->nr_orphans_found < DM_SCRUB_MAX_ORPHANS)
+        s->orphans_found[s->nr_orphans_found++] =
+            (struct dm_orphan){.entry = index, .word = word, .looks = 1};
+    else
+        s->nr_overlooked++;
+}
+
 static void look_at_ref(struct dm_scrub *s, uint32_t index) {
     struct dm_ref_entry ref;
-    if (dm_ref_state(__atomic_load_n(&s->dev->refs[index].state, __ATOMIC_ACQUIRE)) == DM_REF_FREE)
+    uint64_t word = __atomic_load_n(&s->dev->refs[index].state, __ATOMIC_ACQUIRE);
+    if (dm_ref_state(word) == DM_REF_FREE)
         return;
+    if (is_orphan(s->dev, index, word)) {
+        note_orphan(s, index, word);
+        return;
+    }
     if (!dm_device_ref(s->dev, index, &ref)) {
         s->look.in_flight++;
         return;
@@ -118,11 +142,6 @@ static void look_at_ref(struct dm_scrub *s, uint32_t index) {
 }
 
 /* ---------------------------------------------------------------- a look, in steps */
-
-static bool attached(const struct dm_device *dev, uint32_t host) {
-    return host >= 1 && host <= dev->geo.max_hosts &&
-           __atomic_load_n(&dev->hosts[host - 1].state, __ATOMIC_ACQUIRE) != DM_HOST_FREE;
-}
 
 static uint32_t judge(const struct dm_device *dev, uint64_t word, uint32_t expected) {
     uint32_t count = dm_frame_refcount(word), owner = dm_frame_owner(word);
@@ -150,7 +169,7 @@ static void look_at_frame(struct dm_scrub *s, uint32_t pfn) {
     if (!kind)
         return;
     if (s->nr_found == DM_SCRUB_MAX_SUSPECTS) {
-        s->nr_overflowed++;
+        s->nr_overlooked++;
         return;
     }
     s->found[s->nr_found++] =
@@ -216,8 +235,24 @@ static int step_pages(struct dm_scrub *s, struct dm_error *err) {
     return DM_OK;
 }
 
+static void end_look_at_refs(struct dm_scrub *s) {
+    uint32_t old = 0;
+    for (uint32_t i = 0; i < s->nr_orphans_found; i++) {
+        struct dm_orphan *f = s->orphans_found + i;
+        while (old < s->nr_orphans && s->orphans[old].entry < f->entry)
+            old++;
+        if (old < s->nr_orphans && s->orphans[old].entry == f->entry &&
+            s->orphans[old].word == f->word)
+            f->looks = s->orphans[old].looks + 1;
+    }
+    memcpy(s->orphans, s->orphans_found, s->nr_orphans_found * sizeof *s->orphans_found);
+    s->nr_orphans = s->nr_orphans_found;
+    s->nr_orphans_found = 0;
+}
+
 /* Keep of the suspects those that the look before had as well, exactly so. */
 static void end_look(struct dm_scrub *s) {
+    end_look_at_refs(s);
     uint32_t old = 0;
     for (uint32_t i = 0; i < s->nr_found; i++) {
         struct dm_suspect *f = s->found + i;
@@ -231,6 +266,8 @@ static void end_look(struct dm_scrub *s) {
     }
     memcpy(s->suspects, s->found, s->nr_found * sizeof *s->found);
     s->nr_suspects = s->nr_found;
+    s->nr_overflowed = s->nr_overlooked;
+    s->nr_overlooked = 0;
     s->last = s->look;
     memcpy(s->bad_entry, s->bad_entry_found, sizeof s->bad_entry);
     s->bad_entry_found[0] = 0;
@@ -260,7 +297,6 @@ int dm_scrub_step(struct dm_scrub *s, uint64_t budget_ns, bool *done, struct dm_
             if (s->at >= s->dev->geo.max_refs) {
                 s->phase = FRAMES;
                 s->at = 0;
-                s->nr_overflowed = 0;
             }
         } else {
             for (uint32_t i = 0; i < STEP_ENTRIES && s->at < s->dev->geo.nr_frames; i++)
@@ -337,7 +373,8 @@ static bool count_suspects(struct settling *t) {
     }
     for (uint32_t i = 0; i < dev->geo.max_refs; i++) {
         struct dm_ref_entry ref;
-        if (dm_ref_state(__atomic_load_n(&dev->refs[i].state, __ATOMIC_ACQUIRE)) == DM_REF_FREE)
+        uint64_t word = __atomic_load_n(&dev->refs[i].state, __ATOMIC_ACQUIRE);
+        if (dm_ref_state(word) == DM_REF_FREE || is_orphan(dev, i, word))
             continue;
         if (!dm_device_ref(dev, i, &ref) || dm_ref_state(ref.state) != DM_REF_LIVE)
             return false;
@@ -357,7 +394,38 @@ static bool take_off(struct dm_device *dev, uint32_t pfn, uint32_t nr) {
                                              : word - nr;
     } while (
         !__atomic_compare_exchange_n(at, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+    DM_CRASH_POINT(scrub_taken_off);
     return true;
+}
+
+/* Free the entry of an orphan. Claimed first: until its chain is forgotten, which no free entry has, nobody may use it. A
+ * crash between the two leaves an orphan. */
+static bool drop_orphan(struct dm_device *dev, const struct dm_orphan *o) {
+    struct dm_ref_entry *entry = dev->refs + o->entry;
+    uint64_t word = o->word,
+             claimed = dm_ref_pack(DM_REF_DROPPING, 0, DM_OWNER_POOL, dm_ref_gen(word));
+    if (dm_device_fenced(dev) || !__atomic_compare_exchange_n(&entry->state, &word, claimed, false,
+                                                              __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return false;
+    DM_CRASH_POINT(scrub_ref_claimed);
+    entry->overflow = entry->nr_overflow = 0;
+    DM_CRASH_POINT(scrub_ref_unlinked);
+    __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1),
+                     __ATOMIC_RELEASE);
+    DM_CRASH_POINT(scrub_ref_freed);
+    return true;
+}
+
+static void settle_orphans(struct dm_scrub *s, struct dm_device *dev, uint32_t min_looks,
+                           bool repair) {
+    for (uint32_t i = 0; i < s->nr_orphans; i++) {
+        struct dm_orphan *o = s->orphans + i;
+        if (o->looks < min_looks || o->settled == 2)
+            continue;
+        o->settled = is_orphan(dev, o->entry, o->word);
+        if (o->settled && repair && drop_orphan(dev, o))
+            o->settled = 2;
+    }
 }
 
 static bool repair_one(struct dm_device *dev, const struct dm_suspect *f) {
@@ -366,9 +434,12 @@ static bool repair_one(struct dm_device *dev, const struct dm_suspect *f) {
         return take_off(dev, f->pfn, dm_frame_refcount(f->word) - f->expected);
     if (f->kind == DM_SCRUB_MISSING || dm_device_fenced(dev))
         return false;
-    return __atomic_compare_exchange_n(dev->frames + f->pfn, &word,
-                                       dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
-                                       __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    if (!__atomic_compare_exchange_n(dev->frames + f->pfn, &word,
+                                     dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
+                                     __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return false;
+    DM_CRASH_POINT(scrub_reclaimed);
+    return true;
 }
 
 /* Whose intent record names the frame, that of one at work or of one that died here? */
@@ -395,6 +466,7 @@ int dm_scrub_settle(struct dm_scrub *s, struct dm_device *dev, uint32_t min_look
     t.activity = calloc(dev->geo.max_hosts, sizeof *t.activity);
     if (!t.activity)
         return dm_device_fail(err, DM_ERR_NO_MEMORY, "no memory to look at the hosts");
+    settle_orphans(s, dev, min_looks, repair);
     for (uint32_t i = 0; i < s->nr_suspects; i++) {
         struct dm_suspect *f = s->suspects + i;
         f->expected = 0;
@@ -436,8 +508,10 @@ uint32_t dm_scrub_forget_refs(struct dm_device *dev) {
         if (dm_ref_state(word) == DM_REF_FREE)
             continue;
         entry->overflow = entry->nr_overflow = 0;
+        DM_CRASH_POINT(scrub_ref_unlinked);
         __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1),
                          __ATOMIC_RELEASE);
+        DM_CRASH_POINT(scrub_ref_freed);
         forgotten++;
     }
     return forgotten;

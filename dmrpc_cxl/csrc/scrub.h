@@ -15,6 +15,12 @@
  * have done in between; a count that belongs to nobody can be dropped by nobody else. A frame that something still
  * holds keeps what holds it. A count too few is reported and left alone.
  *
+ * A Ref is an orphan when its holder is no host that is attached: recovery drops all Refs of a host before its entry is
+ * FREE, so nobody would ever look for this one again. Its word proves it, at two looks the same: the generation grows
+ * with each holder. It holds nothing: its frames are suspects as if it were not there. dm_scrub_settle frees the
+ * entry, by compare-and-swap from that word, before it counts what holds the suspects. Whoever accepts the Ref at
+ * that moment wins, and is counted.
+ *
  * Context: one thread at a time for each dm_scrub. No locks, no GIL.
  */
 #ifndef DM_SCRUB_H
@@ -23,6 +29,7 @@
 #include "device.h"
 
 #define DM_SCRUB_MAX_SUSPECTS 4096u
+#define DM_SCRUB_MAX_ORPHANS 256u
 
 enum dm_scrub_kind {
     DM_SCRUB_LEAKED = 1,    /* counts that nothing holds */
@@ -42,6 +49,12 @@ struct dm_suspect {
     uint32_t op;      /* what that host was doing, or did when it died */
 };
 
+struct dm_orphan { /* a Ref that nobody holds */
+    uint32_t entry;
+    uint32_t looks, settled; /* as above */
+    uint64_t word;
+};
+
 struct dm_scrub_look { /* the accounting of one look */
     uint64_t pool, free, in_use, mapped_pages, hole_pages, refs, ref_pages, bad_entries, in_flight;
 };
@@ -55,9 +68,15 @@ struct dm_scrub {
     struct dm_scrub_look look, last; /* the one under way, the one completed */
     uint64_t nr_looks;
     struct dm_suspect suspects[DM_SCRUB_MAX_SUSPECTS]; /* of the last look, by pfn */
-    uint32_t nr_suspects, nr_overflowed;
+    uint32_t nr_suspects;
+    uint32_t nr_overflowed,
+        nr_overlooked; /* too many to keep: of the last look, of the one under way */
     struct dm_suspect found[DM_SCRUB_MAX_SUSPECTS]; /* of the look under way */
     uint32_t nr_found;
+    struct dm_orphan orphans[DM_SCRUB_MAX_ORPHANS]; /* of the last look, by entry */
+    uint32_t nr_orphans;
+    struct dm_orphan orphans_found[DM_SCRUB_MAX_ORPHANS]; /* of the look under way */
+    uint32_t nr_orphans_found;
     char bad_entry[192]; /* the first one of the last look */
     char bad_entry_found[192];
 };

@@ -135,7 +135,9 @@ int dm_device_publish(struct dm_device *dev, const struct dm_service *what, stru
         dm_device_check_writable(dev, err); /* once more: nothing before this store can be seen */
     if (status != DM_OK)
         return status;
+    DM_CRASH_POINT(service_written);
     __atomic_store_n(&head->state, DM_SERVICE_LIVE, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(service_live);
     return (int)chain[0];
 }
 
@@ -146,5 +148,6 @@ int dm_device_withdraw(struct dm_device *dev, uint32_t slot, uint64_t serial,
     if (status != DM_OK || slot >= dev->geo.nr_services || dev->services[slot].serial != serial)
         return status;
     __atomic_store_n(&dev->services[slot].state, DM_SERVICE_FREE, __ATOMIC_RELEASE);
+    DM_CRASH_POINT(service_withdrawn);
     return DM_OK;
 }

@@ -38,6 +38,7 @@ static int runs_of_pages(const struct dm_host *h, uint32_t page, uint32_t nr, st
 static int uncount_range(struct dm_host *h, struct dm_intent *in, uint32_t page, uint32_t done) {
     while (done-- > 0) {
         dm_intent_progress(in, done);
+        DM_CRASH_POINT(share_undoing);
         if (h->pt[page + done] & DM_PTE_PRESENT)
             (void)dm_count_down(h, h->pt[page + done] & DM_PTE_PFN); /* never the last */
     }
@@ -54,7 +55,9 @@ static int count_range(struct dm_host *h, struct dm_intent *in, uint32_t page, u
         __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + DM_COUNTS_AHEAD], 1);
         if (pte & DM_PTE_PRESENT && dm_count_up(h, pte & DM_PTE_PFN))
             return uncount_range(h, in, page, i);
+        DM_CRASH_POINT(share_counted);
         dm_intent_progress(in, i + 1);
+        DM_CRASH_POINT(share_progress);
     }
     return DM_OK;
 }
@@ -124,17 +127,21 @@ int dm_create_ref(struct dm_host *h, uint64_t addr, uint64_t size, bool may_bloc
     dm_ref_set_length(entry, size);
     entry->page_offset = (uint32_t)(addr & (((uint64_t)1 << h->page_shift) - 1));
     entry->nr_pages = nr;
+    DM_CRASH_POINT(share_protected);
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_SHARE, page, nr, 0, index,
                                            __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
+    DM_CRASH_POINT(share_begun);
     s = count_range(h, in, page, nr);
     if (s) {
         dm_intent_end(in);
+        DM_CRASH_POINT(share_undone);
         dm_ref_slot_undo(h, index);
         return dm_fail(e, s, "a frame of this range has %u holders already", DM_REFCOUNT_MAX);
     }
     v->flags &= ~DM_VMA_EXCLUSIVE;
     dm_ref_publish(h, index, 0, out);
     dm_intent_end(in);
+    DM_CRASH_POINT(share_ended);
     DM_COUNT(h, create_ref_calls, 1);
     DM_COUNT(h, bytes_referenced, size);
     return DM_OK;
@@ -174,10 +181,13 @@ int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wi
     DM_COUNT(h, bytes_referenced, v->length);
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_MOVE, page, nr, 0, index,
                                            __atomic_load_n(&entry->state, __ATOMIC_RELAXED));
+    DM_CRASH_POINT(move_begun);
     dm_ref_publish(h, index, flags, out);
     __atomic_signal_fence(__ATOMIC_SEQ_CST); /* the PTEs go after the Ref is live, see intent.h */
-    memset(h->pt + page, 0, nr * sizeof h->pt[0]);
+    DM_CRASH_POINT(move_passed);
+    dm_pt_clear(h, page, nr);
     dm_intent_end(in);
+    DM_CRASH_POINT(move_ended);
     if (page < h->nr_frames && h->free.nr_displaced)
         for (uint32_t i = 0; i < nr; i++)
             dm_freelist_vacated(&h->free, page + i);

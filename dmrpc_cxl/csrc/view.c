@@ -68,6 +68,7 @@ int dm_view_new(struct dm_host *h, uint32_t index, uint64_t before, uint32_t pag
         dm_vma_delete(h, *id);
         return dm_fail(e, DM_ERR_FENCED, "the coordinator declared this host dead");
     }
+    DM_CRASH_POINT(view_shown);
     DM_COUNT(h, map_views, 1);
     if (exclusive)
         DM_COUNT(h, map_exclusive, 1);
@@ -80,8 +81,10 @@ void dm_view_materialise(struct dm_host *h, uint32_t id) {
     struct dm_runs runs;
     if (!claim(h, v, DM_REF_MAPPING))
         dm_fatal(h, "the Ref of a view is no longer this host's: the coordinator declared it dead");
+    DM_CRASH_POINT(view_claimed);
     dm_runs_init(&runs);
     (void)dm_runs_add(&runs, dm_identity(h, v->page), v->nr_pages); /* has room for the first */
+    v->home = v->flags & DM_VMA_EXCLUSIVE ? h->refs[v->ref].creator : DM_OWNER_POOL;
     dm_map_commit(h, v->ref, v->page, v->nr_pages, &runs);
     v->flags &= ~DM_VMA_VIEW;
     DM_COUNT(h, views_materialised, 1);
@@ -89,8 +92,10 @@ void dm_view_materialise(struct dm_host *h, uint32_t id) {
 
 /* rfree: drop the Ref. */
 void dm_view_free(struct dm_host *h, uint32_t id) {
-    if (claim(h, &h->vmas[id], DM_REF_DROPPING))
+    if (claim(h, &h->vmas[id], DM_REF_DROPPING)) {
+        DM_CRASH_POINT(view_dropping);
         dm_ref_release(h, h->vmas[id].ref);
+    }
     dm_vma_delete(h, id);
 }
 
@@ -106,6 +111,7 @@ int dm_view_move(struct dm_host *h, uint32_t id, struct dm_ref_wire *out, struct
     dm_ref_wire_of(h, v->ref, out);
     if (!claim(h, v, DM_REF_LIVE))
         return dm_fail(e, DM_ERR_FENCED, "the coordinator declared this host dead");
+    DM_CRASH_POINT(view_moved);
     DM_COUNT(h, bytes_referenced, v->length);
     dm_vma_delete(h, id);
     DM_COUNT(h, move_ref_calls, 1);

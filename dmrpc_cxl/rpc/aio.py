@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from .._native import crash_point
 from ..errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -307,6 +308,8 @@ class _AsyncCaller(Prepared):
         encoded = self.encode(arguments, keywords)
         pending = _AsyncPending(self.name, self.reader, deadline, connection.loop)
         pending.refs = encoded.refs
+        if encoded.refs:
+            crash_point("call_written")
         try:
             try:
                 await connection.submit(self, pending, encoded, self.meta)
@@ -319,6 +322,8 @@ class _AsyncCaller(Prepared):
         except BaseException:
             self.link.marshaller.take_back(encoded)
             raise
+        if encoded.refs:
+            crash_point("call_sent")
         return await self._wait(connection, pending)
 
     async def _wait(self, connection: AsyncConnection, pending: _AsyncPending) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from .._native import crash_point
 from ..errors import (
     CallCancelled,
     DeadlineExceeded,
@@ -159,6 +160,11 @@ class Client:
             mine.interceptors,
         )
         return Client(self._link, options)
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received in messages so far, handshakes left out; calls from asyncio are not counted."""
+        return self._link.traffic()
 
     def close(self) -> None:
         """End the connection; calls under way fail with PeerLost. Idempotent."""
@@ -314,6 +320,8 @@ class _Caller(Prepared):
         encoded = self.encode(arguments, keywords)
         pending = SyncPending(self.name, self.reader, deadline)
         pending.refs = encoded.refs
+        if encoded.refs:
+            crash_point("call_written")
         try:
             try:
                 connection.submit(self, pending, encoded, meta)
@@ -326,6 +334,8 @@ class _Caller(Prepared):
         except BaseException:
             link.marshaller.take_back(encoded)
             raise
+        if encoded.refs:
+            crash_point("call_sent")
         return pending
 
     def _intercepted(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

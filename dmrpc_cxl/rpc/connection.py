@@ -11,10 +11,12 @@ import itertools
 import threading
 from typing import Any
 
+from .._native import crash_point
 from ..errors import (
     DmError,
     InterfaceMismatch,
     PeerLost,
+    RefConsumed,
     RemoteProtocolError,
 )
 from ..host import Host
@@ -97,6 +99,12 @@ class Connection:
                 )
             else:
                 value = _only(pending.reader.read(self.host, frame))
+        except (
+            RefConsumed
+        ):  # the server has ended, and what it held came back before it was read here
+            failure = PeerLost(
+                f"{self.service}.{pending.method}: the service ended before its result was taken"
+            )
         except DmError as error:
             failure = error
         except ValueError as error:  # not of the annotated type
@@ -114,6 +122,7 @@ class Connection:
         self, pending: Pending, frame: Frame, value: Any, failure: BaseException | None
     ) -> None:
         if frame.nr_refs:
+            crash_point("reply_read")
             self.host.drop_refs(frame.refs)  # those the value did not use
         self.settle(pending, value, failure)
 
@@ -121,6 +130,7 @@ class Connection:
         """End a call; what nobody has accepted of it comes back."""
         if pending.refs:
             self.host.drop_refs(pending.refs)
+            crash_point("refs_taken_back")
         pending.settle(value, error)
 
     def give_up(self, pending: Pending, error: BaseException) -> None:

@@ -18,7 +18,7 @@ import struct
 import time
 from typing import Any, Literal, TypeAlias
 
-from .._native import Ring
+from .._native import Ring, crash_point
 from ..errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -113,6 +113,7 @@ class Handshake:
         sock = self.channel.socket
         if self.transport == "tcp":
             self.channel.send((answer,), HANDSHAKE_SECONDS)
+            crash_point("welcome_sent")
             self.channel.max_frame = welcome.max_frame
             return self.channel
         ring = Ring.create(ring_bytes, welcome.max_frame)
@@ -128,6 +129,7 @@ class Handshake:
         except DmError:
             ring.close()
             raise
+        crash_point("welcome_sent")
         return RingChannel(ring, sock, welcome.max_frame)
 
 

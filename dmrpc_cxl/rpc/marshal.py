@@ -41,7 +41,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from .._native import Buffer, Ref
+from .._native import Buffer, Ref, crash_point
 from ..errors import (
     CannotSend,
     CoordinatorLost,
@@ -54,9 +54,17 @@ from ..errors import (
 from ..host import Host
 from . import frames
 from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
-from .ownership import Example, Moved, buffer_of_lonely, lonely_arrays, move, move_whole
+from .ownership import (
+    Example,
+    Moved,
+    buffer_of_lonely,
+    lonely_arrays,
+    move,
+    move_whole,
+    pass_on,
+)
 
-__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
+__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move", "pass_on"]
 
 Transfer: TypeAlias = Literal["auto", "value", "ref", "copy"]
 Serializer: TypeAlias = Literal["msgpack", "pickle"]
@@ -204,6 +212,7 @@ class _Outgoing:
 
     def _ref(self, ref: Ref) -> int:
         self.refs += ref.to_bytes()
+        crash_point("value_placed")
         return len(self.refs) // REF_BYTES - 1
 
     def _lend(self, ref: Ref) -> int:
@@ -423,7 +432,10 @@ class _Incoming:
             if code == BLOB:
                 return self._blob(*_unpack_blob(data))
             if code == REF:
-                return Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
+                # Anew: its sender, which drops what was not accepted, may be this host as well.
+                ref = Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept(anew=True)
+                crash_point("value_accepted")
+                return ref
             raise RemoteProtocolError(f"a value of unknown extension type {code}")
         except DmError as error:  # msgspec would wrap it
             self.failure = error
@@ -467,6 +479,7 @@ class _Incoming:
             array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=whole, offset=at)
             return array
         buffer = self.host.view_ref(self._ref(place))
+        crash_point("value_viewed")
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
         return buffer.numpy(dtype, shape)
@@ -477,6 +490,7 @@ class _Incoming:
             view = memoryview(self.frame.data)[at : at + nbytes]
         else:
             buffer = self.host.view_ref(self._ref(place))
+            crash_point("value_viewed")
             if buffer.nbytes != nbytes:
                 raise RemoteProtocolError(f"{nbytes} bytes in a Ref to {buffer.nbytes}")
             view = memoryview(buffer)
@@ -714,6 +728,7 @@ class Marshaller:
         """Undo write() for a value that did not leave: the user's own Refs are as before, the others are dropped."""
         if encoded.refs:
             _take_back(self.host, encoded.refs, encoded.lent)
+            crash_point("refs_taken_back")
 
     def _again_without_blobs(self, value: Any, outgoing: _Outgoing, body: bytes) -> bytes:
         """Large bytes are in the body: write it again with those outside."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import dmrpc_cxl
+from dmrpc_cxl.errors import RefConsumed
 from dmrpc_cxl.fabric import device, fsck
 from tests.fabrics import At, Fabric, running
 
@@ -208,6 +210,81 @@ def test_the_scrubber_can_be_switched_off() -> None:
             assert client.stats()["scrubber"]["looks"] == 0
             found = client.check(repair=True)
         assert [one["repaired"] for one in found["suspects"]] == [True]
+
+
+# ---------------------------------------------------------------- Refs that nobody holds
+
+
+def make_orphan(name: str, holder: int) -> int:
+    """Make a host that is not attached the holder of the only Ref there is. Returns its entry."""
+    with device.open(name, writable=False) as opened:
+        (ref,) = opened.refs()
+        offset = opened.superblock["ref_table_off"] + 128 * ref["entry"]
+    with open(device.path_of(name), "r+b") as file:
+        file.seek(offset + 2)
+        file.write(struct.pack("<H", holder))
+    return int(ref["entry"])
+
+
+def make_ref(at: At, kind: str) -> bytes:
+    """Make a Ref, to a run of pages or to more runs than its entry holds, and give up what it was made of."""
+    at.buffer = at.host.ralloc(40 * PAGE, lazy=kind == "overflow")
+    for page in range(0, 40, 2):
+        memoryview(at.buffer)[page * PAGE] = 7
+    ref = at.host.create_ref(at.buffer, move=True)
+    del at.buffer
+    return ref.to_bytes()
+
+
+def use_ref(at: At, wire: bytes) -> None:
+    at.host.map_ref(wire)
+
+
+@pytest.mark.parametrize("kind", ["one run", "overflow"])
+@pytest.mark.parametrize("holder", [0, 7, 65535])
+def test_a_ref_whose_holder_is_not_attached_is_reported_and_dropped(kind: str, holder: int) -> None:
+    with running(coordinator=NO_SCRUBBING) as fabric:
+        host = fabric.host()
+        wire = host.call(make_ref, kind)
+        entry = make_orphan(fabric.name, holder)
+        text = f"Ref entry {entry} is held by host {holder}, which is not attached"
+        audit = fabric.audit()
+        assert [said for _, said in audit["violations"]] == [f"{text}: leaked"]
+        status, found = run_fsck(fabric.name)
+        assert status == fsck.DAMAGED
+        assert found["damage"][0] == text
+        status, found = run_fsck(fabric.name, "--repair")
+        assert (status, found["damage"], found["repaired"][0]) == (fsck.REPAIRED, [], text)
+        assert run_fsck(fabric.name)[0] == fsck.CLEAN
+        assert fabric.assert_sound()["in_use"] == 0
+        with pytest.raises(RefConsumed):
+            host.call(use_ref, wire)
+
+
+def test_the_scrubber_drops_a_ref_that_nobody_holds_by_itself() -> None:
+    with running(coordinator=("--scrub-interval", "0.05", "--scrub-share", "0.2")) as fabric:
+        fabric.host().call(make_ref, "overflow")
+        make_orphan(fabric.name, 3)
+        fabric.wait_until(lambda audit: audit["nr_violations"] == 0 and audit["in_use"] == 0)
+
+
+def test_who_accepts_an_orphan_before_it_is_dropped_has_it() -> None:
+    with running(coordinator=NO_SCRUBBING) as fabric:
+        host, other = fabric.host(), fabric.host()
+        wire = host.call(make_ref, "one run")
+        make_orphan(fabric.name, 9)
+        other.call(accept_ref, wire)
+        assert run_fsck(fabric.name, "--repair")[0] == fsck.CLEAN
+        assert fabric.assert_sound()["live_refs"] == 1
+        other.call(drop_accepted)
+
+
+def accept_ref(at: At, wire: bytes) -> None:
+    at.ref = dmrpc_cxl.Ref.from_bytes(wire, at.host).accept()
+
+
+def drop_accepted(at: At) -> None:
+    at.ref.drop()
 
 
 # ---------------------------------------------------------------- nobody is left

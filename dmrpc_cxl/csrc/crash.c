@@ -1,0 +1,105 @@
+/* crash.c - see crash.h. Context: any thread, any lock, with the GIL or without. */
+#define _GNU_SOURCE
+#include "crash.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define LABEL_SHIFT 48
+
+bool dm_crash_armed;
+/* Label, and in the lower bits the passes until death: one word, so that who is armed anew while other threads pass points
+ * dies where it was told last. Label DM_CRASH_none: only count. */
+static uint64_t target;
+static struct dm_crash_record *record;
+
+const struct dm_crash_info dm_crash_labels[DM_CRASH_NR] = {{"none", "none of them"},
+#define CRASH_INFO(name, text) {#name, text},
+                                                           DM_CRASH_LABELS(CRASH_INFO)
+#undef CRASH_INFO
+};
+
+int dm_crash_label(const char *name) {
+    for (int i = 0; i < DM_CRASH_NR; i++)
+        if (!strcmp(name, dm_crash_labels[i].name))
+            return i;
+    return -1;
+}
+
+static void count(uint64_t *of) { __atomic_fetch_add(of, 1, __ATOMIC_RELAXED); }
+
+void dm_crash_pass(int label) {
+    struct dm_crash_record *r = __atomic_load_n(&record, __ATOMIC_ACQUIRE);
+    uint64_t at = __atomic_load_n(&target, __ATOMIC_ACQUIRE);
+    if (r)
+        count(&r->passes[label]);
+    do {
+        if (label != (int)(at >> LABEL_SHIFT) || !(at & ((1ull << LABEL_SHIFT) - 1)))
+            return;
+    } while (!__atomic_compare_exchange_n(&target, &at, at - 1, false, __ATOMIC_ACQ_REL,
+                                          __ATOMIC_ACQUIRE));
+    if ((at - 1) & ((1ull << LABEL_SHIFT) - 1))
+        return;
+    if (r)
+        count(&r->deaths[label]);
+    for (;;)
+        kill(getpid(), SIGKILL); /* no instruction of any thread comes after it */
+}
+
+static int map_record(const char *path, struct dm_crash_record **out) {
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    void *at = MAP_FAILED;
+    int failed = lseek(fd, 0, SEEK_END) < (off_t)sizeof **out ? EINVAL : 0;
+    if (!failed) {
+        at = mmap(NULL, sizeof **out, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        failed = at == MAP_FAILED ? errno : 0;
+    }
+    close(fd);
+    *out = failed ? NULL : at;
+    return failed;
+}
+
+/* Die at the pass-th time from now on that this process comes to a label; none: count only. path: of a record, or NULL.
+ * Returns 0, or an errno when the record cannot be used. A record once used stays mapped: another thread may be at it. */
+int dm_crash_arm(int label, uint64_t pass, const char *path) {
+    struct dm_crash_record *r = NULL;
+#ifdef DM_NO_CRASH_POINTS
+    return ENOTSUP;
+#endif
+    if (label < 0 || label >= DM_CRASH_NR || pass >> LABEL_SHIFT ||
+        (label != DM_CRASH_none && pass == 0))
+        return EINVAL;
+    int failed = path ? map_record(path, &r) : 0;
+    if (failed)
+        return failed;
+    __atomic_store_n(&target, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&record, r, __ATOMIC_RELEASE);
+    __atomic_store_n(&target, (uint64_t)label << LABEL_SHIFT | pass, __ATOMIC_RELEASE);
+    __atomic_store_n(&dm_crash_armed, true, __ATOMIC_RELEASE);
+    return 0;
+}
+
+/* Context: attach, opening a device. The first time counts. Who misspells what it was asked for must not look as if it had
+ * survived. */
+void dm_crash_read_environment(void) {
+    const char *at = getenv("DM_CRASH_POINT");
+    if (__atomic_load_n(&dm_crash_armed, __ATOMIC_ACQUIRE) || !at || !*at)
+        return;
+    char name[64] = "", rest = 0;
+    unsigned long long pass = 1;
+    int fields = sscanf(at, "%63[a-z0-9_]:%llu%c", name, &pass, &rest), failed = EINVAL;
+    if (fields == 2 || (fields == 1 && !strcmp(at, name)))
+        failed = dm_crash_arm(dm_crash_label(name), pass, getenv("DM_CRASH_RECORD"));
+    if (failed) {
+        fprintf(stderr, "dmrpc: DM_CRASH_POINT=%s: %s\n", at, strerror(failed));
+        abort();
+    }
+}
