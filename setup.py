@@ -11,7 +11,6 @@ from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 
 
-
 def native(package: str) -> Extension:
     """Describe the native module of a package."""
     included = [
@@ -42,6 +41,8 @@ setup(
         *(f"dmrpc_cxl.{name}" for name in find_packages(include=["coordinator*", "fabric*"])),
     ],
     ext_modules=cythonize(
-        [native("dmrpc_cxl"), native("dmrpc_net")], build_dir="build/cython", compiler_directives={"language_level": 3}
+        [native("dmrpc_cxl"), native("dmrpc_net")],
+        build_dir="build/cython",
+        compiler_directives={"language_level": 3},
     ),
 )

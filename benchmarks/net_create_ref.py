@@ -52,7 +52,7 @@ class _Walk:
 
     def pipelined(self) -> tuple[list[int], list[Any]]:
         size, copy = self.size, self.copy
-        under_way = []
+        under_way: list[dmrpc_net.Call[dmrpc_net.Ref]] = []
         with self.client.pipeline() as p:
             for i in range(self.calls):
                 if i >= WINDOW:

@@ -13,23 +13,23 @@ import dmrpc_net
 
 from .machine import bar, median
 from .net_stage import batches, memory_server, one_by_one, pin, redis_server
-from .rpc_stage import PLACES, Block, Sample, alternate, cpus, ratios, walls
+from .rpc_stage import PLACES, Block, Sample, alternate, ratios, walls
 
 SIZES = (4 << 10, 32 << 10, 256 << 10)
 BARS = {4 << 10: 1.0, 32 << 10: 1.0, 256 << 10: 1.5}
 ROUNDS = 9
 WINDOW = 16
-SPOTS = 64  # ranges, or keys, that take turns
+SPOTS = 4  # ranges, or keys, that take turns
 BLOCK_NS = 30_000_000
 
 
 def _calls(size: int) -> int:
-    return max(SPOTS, BLOCK_NS // (30_000 + size) // WINDOW * WINDOW)
+    return max(8 * WINDOW, BLOCK_NS // (30_000 + size) // WINDOW * WINDOW)
 
 
 def _ours(client: dmrpc_net.Client, size: int) -> dict[str, Block]:
     data = os.urandom(size)
-    into = [bytearray(size) for _ in range(SPOTS)]
+    into = [bytearray(size) for _ in range(WINDOW)]
     spots = [client.ralloc(size) for _ in range(SPOTS)]  # stay until the client leaves
     for spot in spots:
         client.rwrite(spot, data)
@@ -38,7 +38,7 @@ def _ours(client: dmrpc_net.Client, size: int) -> dict[str, Block]:
         client.rwrite(spots[i % SPOTS], data)
 
     def read(i: int) -> None:
-        client.rread(spots[i % SPOTS], into[i % SPOTS])
+        client.rread(spots[i % SPOTS], into[0])
 
     def writes(numbers: range) -> None:
         with client.pipeline() as p:
@@ -48,7 +48,7 @@ def _ours(client: dmrpc_net.Client, size: int) -> dict[str, Block]:
     def reads(numbers: range) -> None:
         with client.pipeline() as p:
             for i in numbers:
-                p.rread(spots[i % SPOTS], into[i % SPOTS])
+                p.rread(spots[i % SPOTS], into[i % WINDOW])
 
     calls = _calls(size)
     return {
@@ -135,7 +135,9 @@ def against_redis() -> list[dict[str, Any]]:
                 pin(pids, cpu)
                 for size in SIZES:
                     blocks = {f"ours {name}": block for name, block in _ours(client, size).items()}
-                    blocks |= {f"redis {name}": block for name, block in _theirs(peer, size).items()}
+                    blocks |= {
+                        f"redis {name}": block for name, block in _theirs(peer, size).items()
+                    }
                     found = alternate(blocks, pids, ROUNDS)
                     lines += [
                         _line(what, size, where, found[f"ours {what}"], found[f"redis {what}"])

@@ -51,7 +51,9 @@ def redis_server() -> Iterator[tuple[int, int]]:
     """Run redis-server without persistence on loopback TCP; give its port and process id."""
     program = shutil.which("redis-server")
     if program is None:
-        raise FileNotFoundError("redis-server is not installed (Debian: apt-get install redis-server)")
+        raise FileNotFoundError(
+            "redis-server is not installed (Debian: apt-get install redis-server)"
+        )
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     server = subprocess.Popen(

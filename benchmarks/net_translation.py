@@ -36,7 +36,7 @@ def _reads(client: dmrpc_net.Client, size: int) -> Block:
 
 
 def translation() -> list[dict[str, Any]]:
-    """rread of 4, 32 and 256 KiB: nanoseconds of translation, and their share."""
+    """Rread of 4, 32 and 256 KiB: nanoseconds of translation, and their share."""
     lines = []
     with memory_server("--time-translation") as (timing, server), memory_server() as (plain, other):
         pids = {"client": os.getpid(), "timing": server, "plain": other}

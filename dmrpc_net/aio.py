@@ -90,7 +90,9 @@ class Aio(Deferred):
     def launch(self, call: Call[Any]) -> asyncio.Future[Any]:
         """Send a call; return a future of its result."""
         if asyncio.get_running_loop() is not self._loop:
-            raise MisuseError("aio belongs to the event loop that was running when it was first used")
+            raise MisuseError(
+                "aio belongs to the event loop that was running when it was first used"
+            )
         lane = self._lane_of(call.lane)
         future: asyncio.Future[Any] = self._loop.create_future()
         lane.waiting[call] = future

@@ -304,7 +304,7 @@ class Client(_native.Client):
 
     @property
     def nr_servers(self) -> int:
-        """Number of servers."""
+        """How many servers there are."""
         return len(self._servers)
 
     @property
@@ -313,7 +313,7 @@ class Client(_native.Client):
         return self._about(self._servers[0]).page_size
 
     def nr_shards(self, server: int = 0) -> int:
-        """Number of shards of a server."""
+        """Return how many shards a server has."""
         return self._about(self._servers[server]).nr_shards
 
     def _over_shards(self, ask: Any, server: int | None) -> dict[str, int]:

@@ -1,14 +1,14 @@
 """What memory servers and their clients raise beside the exceptions of :mod:`dmrpc_cxl.errors`.
 
-    DmError
-    ├── MisuseError
-    │   └── ReadOnly (PermissionError)      a store to a range that was mapped read-only
-    └── PeerError
-        ├── PidTaken                        two processes were given one id; attach tries again
-        └── CallError
-            └── PeerLost (ConnectionError)
-                ├── ServerLost                  a memory server is gone, and what it held of ours
-                └── AnswerLost                  carried out, but with what result nobody knows any more
+DmError
+├── MisuseError
+│   └── ReadOnly (PermissionError)      a store to a range that was mapped read-only
+└── PeerError
+    ├── PidTaken                        two processes were given one id; attach tries again
+    └── CallError
+        └── PeerLost (ConnectionError)
+            ├── ServerLost                  a memory server is gone, and what it held of ours
+            └── AnswerLost                  carried out, but with what result nobody knows any more
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ def greet(
         DeadlineExceeded: it does not answer.
         ServerLost: it hung up.
     """
-    hello = _HELLO.pack(
-        WIRE["magic"], WIRE["version"], kind, secret, token, pid, shard, session, 0
-    )
+    hello = _HELLO.pack(WIRE["magic"], WIRE["version"], kind, secret, token, pid, shard, session, 0)
     raw = b""
     try:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -125,7 +123,9 @@ def greet(
     except ServerLost:
         raise
     except OSError as error:
-        raise ServerLost(f"the connection broke while greeting: {os.strerror(error.errno or 0)}") from error
+        raise ServerLost(
+            f"the connection broke while greeting: {os.strerror(error.errno or 0)}"
+        ) from error
     fields: dict[str, Any] = dict(zip(_WELCOME_FIELDS, _WELCOME.unpack(raw), strict=True))
     magic, version, status = fields.pop("magic"), fields.pop("version"), fields.pop("status")
     if magic != WIRE["magic"] or version != WIRE["version"]:

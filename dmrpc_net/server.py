@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
 import secrets
 import signal
 import socket
+import stat
 import sys
 
 import click
 
 from dmrpc_cxl.errors import DmError, EnvironmentFault, MisuseError
+from dmrpc_cxl.fabric.commands import size_option
 
 from ._native import WIRE, Server
 from .client import read_secret
@@ -24,26 +27,26 @@ log = logging.getLogger("dmrpc.net")
 BACKLOG = 512
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOG_LEVELS = ("debug", "info", "warning", "error")
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType):
-    """A number of bytes: 4096, 64K, 256M, 1.5G."""
+def clear_the_way(path: str) -> None:
+    """Remove the file of a Unix socket on which nobody listens any more.
 
-    name = "size"
-
-    def convert(
-        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Read one."""
-        if isinstance(value, int):
-            return value
-        text = value.upper().removesuffix("IB").removesuffix("B")
-        unit = _UNITS.get(text[-1:], 1)
-        try:
-            return int(float(text[:-1] if unit > 1 else text) * unit)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no size: 4096, 64K, 256M, 1.5G", param, ctx)
+    Raises:
+        EnvironmentFault: it is something else, or somebody listens.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        stale = stat.S_ISSOCK(found.st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED
+    if not stale:
+        raise EnvironmentFault(
+            f"cannot listen at unix:{path}: something else is there, or somebody listens"
+        )
+    os.unlink(path)
 
 
 def listen(address: Address, *, anywhere: bool) -> socket.socket:
@@ -55,8 +58,7 @@ def listen(address: Address, *, anywhere: bool) -> socket.socket:
     """
     try:
         if isinstance(address, str):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(address)
+            clear_the_way(address)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             before = os.umask(0o177)
             try:
@@ -67,7 +69,10 @@ def listen(address: Address, *, anywhere: bool) -> socket.socket:
             family, kind, protocol, _, found = socket.getaddrinfo(
                 *address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
-            if not anywhere and not ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback:
+            if (
+                not anywhere
+                and not ipaddress.ip_address(str(found[0]).partition("%")[0]).is_loopback
+            ):
                 raise MisuseError(
                     f"{show_address(address)} can be reached from other machines, and secret and data "
                     "travel in the clear: use 127.0.0.1, or add --anywhere if that is meant"
@@ -133,8 +138,10 @@ def describe(server: Server, pool: int, shards: int) -> str:
     required=True,
     help="File with the secret of all servers and clients; made if there is none.",
 )
-@click.option("--size", type=Size(), default="256M", show_default=True, help="Bytes of the pool.")
-@click.option("--page-size", type=Size(), default="4096", show_default=True)
+@click.option(
+    "--size", callback=size_option, default="256M", show_default=True, help="Bytes of the pool."
+)
+@click.option("--page-size", callback=size_option, default="4096", show_default=True)
 @click.option(
     "--shards",
     type=click.IntRange(0, WIRE["max_shards"]),
@@ -148,21 +155,71 @@ def describe(server: Server, pool: int, shards: int) -> str:
     show_default=True,
     help="This server's place in the list that clients are given.",
 )
-@click.option("--copy", is_flag=True, help="Copy pages when a Ref is made, not when they are written to.")
+@click.option(
+    "--copy", is_flag=True, help="Copy pages when a Ref is made, not when they are written to."
+)
 @click.option("--no-lock", is_flag=True, help="Do not try to lock the pool in memory.")
 @click.option("--max-clients", type=click.IntRange(1, 1 << 20), default=1024, show_default=True)
-@click.option("--client-pages", type=click.IntRange(0), default=0, help="Most pages that a client may hold in a shard; 0: all.")
-@click.option("--client-refs", type=click.IntRange(1, 1 << 31), default=1 << 20, show_default=True, help="Most Refs that a client may hold in a shard.")
-@click.option("--client-ranges", type=click.IntRange(1, 1 << 31), default=1 << 20, show_default=True, help="Most ranges that a client may have in a shard.")
-@click.option("--client-virtual", type=click.IntRange(0), default=0, help="Most pages, holes included, of a client's ranges and Refs in a shard [default: 16 times what the shard has].")
-@click.option("--client-outstanding", type=click.IntRange(16, 1 << 16), default=1024, show_default=True, help="Most requests without answer of a client to a shard.")
-@click.option("--max-count", type=click.IntRange(2, (1 << 32) - 1), default=(1 << 32) - 1, hidden=True, help="Most holders of a page.")
-@click.option("--hello-timeout", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Longest wait for a hello, s.")
-@click.option("--vanished", type=click.IntRange(0, 3600), default=30, show_default=True, help="Seconds after which a client is given up whose machine does not answer; 0: never.")
+@click.option(
+    "--client-pages",
+    type=click.IntRange(0),
+    default=0,
+    help="Most pages that a client may hold in a shard; 0: all.",
+)
+@click.option(
+    "--client-refs",
+    type=click.IntRange(1, 1 << 31),
+    default=1 << 20,
+    show_default=True,
+    help="Most Refs that a client may hold in a shard.",
+)
+@click.option(
+    "--client-ranges",
+    type=click.IntRange(1, 1 << 31),
+    default=1 << 20,
+    show_default=True,
+    help="Most ranges that a client may have in a shard.",
+)
+@click.option(
+    "--client-virtual",
+    type=click.IntRange(0),
+    default=0,
+    help="Most pages, holes included, of a client's ranges and Refs in a shard [default: 16 times what the shard has].",
+)
+@click.option(
+    "--client-outstanding",
+    type=click.IntRange(16, 1 << 16),
+    default=1024,
+    show_default=True,
+    help="Most requests without answer of a client to a shard.",
+)
+@click.option(
+    "--max-count",
+    type=click.IntRange(2, (1 << 32) - 1),
+    default=(1 << 32) - 1,
+    hidden=True,
+    help="Most holders of a page.",
+)
+@click.option(
+    "--hello-timeout",
+    type=click.FloatRange(0.1, 3600),
+    default=5.0,
+    show_default=True,
+    help="Longest wait for a hello, s.",
+)
+@click.option(
+    "--vanished",
+    type=click.IntRange(0, 3600),
+    default=30,
+    show_default=True,
+    help="Seconds after which a client is given up whose machine does not answer; 0: never.",
+)
 @click.option("--time-translation", is_flag=True, help="Measure what looking up addresses takes.")
 @click.option("--log-level", type=click.Choice(LOG_LEVELS), default="info", show_default=True)
-@click.option("--ready-fd", type=int, help="Descriptor that gets a line with the addresses when it serves.")
-def main(  # noqa: PLR0913
+@click.option(
+    "--ready-fd", type=int, help="Descriptor that gets a line with the addresses when it serves."
+)
+def main(
     where: tuple[str, ...],
     anywhere: bool,
     secret_file: str,

@@ -93,9 +93,11 @@ class Servers:
             for number in range(count):
                 self.servers.append(
                     ServerProcess(
-                        self.secret, number, "127.0.0.1:0",
+                        self.secret,
+                        number,
+                        "127.0.0.1:0",
                         ("--size", size, "--shards", str(shards), *options),
-                    )  # fmt: skip
+                    )
                 )
 
     @contextlib.contextmanager
@@ -132,11 +134,16 @@ class Servers:
             client.close()
         self.clients.clear()
         with dmrpc_net.attach(self.addresses, secret=self.secret, deadline=60) as auditor:
-            until(lambda: auditor.audit()["nr_processes"] == sum(map(auditor.nr_shards, range(len(self.servers)))))
+            until(
+                lambda: (
+                    auditor.audit()["nr_processes"]
+                    == sum(map(auditor.nr_shards, range(len(self.servers))))
+                )
+            )
             found = auditor.audit()
             assert not found["nr_violations"], found
             assert found["nr_free"] == found["nr_pages"], found
-            assert not found["nr_refs"] and not found["nr_ranges"], found
+            assert found["nr_refs"] == found["nr_ranges"] == 0, found
 
     def end(self) -> None:
         """End everything, whatever it is doing."""

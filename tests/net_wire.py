@@ -73,9 +73,7 @@ class Spoken:
     def ask(self, pid: int, op: str, *args: int, payload: bytes = b"", flags: int = 0) -> Answer:
         """Ask, and return the answer."""
         id = self.next_id(pid)
-        data, broken = self.shard.feed(
-            pid, request(op, id, *args, payload=payload, flags=flags)
-        )
+        data, broken = self.shard.feed(pid, request(op, id, *args, payload=payload, flags=flags))
         (answer,) = answers(data)
         assert not broken
         assert answer.id == id

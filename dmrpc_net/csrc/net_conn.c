@@ -321,6 +321,7 @@ static void take(struct net_conn *c, const struct net_request *q) {
         return;
     }
     const bool again = q->id <= ses->last_id;
+    c->headers_only = q->payload >= 2 * NET_IN_BYTES;
     if (!again)
         net_kept_retire(c->shard, ses, q->oldest);
     if (q->payload) {
@@ -396,8 +397,11 @@ int net_conn_want(struct net_conn *c, struct iovec *iov, int max) {
         c->in_to -= c->in_from;
         c->in_from = 0;
     }
+    const uint32_t room = c->headers_only && c->in_to < sizeof(struct net_request)
+                              ? sizeof(struct net_request)
+                              : NET_IN_BYTES;
     iov[n].iov_base = c->in + c->in_to;
-    iov[n].iov_len = NET_IN_BYTES - c->in_to;
+    iov[n].iov_len = room - c->in_to;
     return n + (c->in_to < NET_IN_BYTES);
 }
 
@@ -420,7 +424,8 @@ int net_conn_have(const struct net_conn *c, struct iovec *iov, int max, uint64_t
     int n = 0;
     *bytes = 0;
     if (c->out_to != c->out_from)
-        iov[n++] = (struct iovec){(void *)(uintptr_t)(c->out + c->out_from), c->out_to - c->out_from};
+        iov[n++] =
+            (struct iovec){(void *)(uintptr_t)(c->out + c->out_from), c->out_to - c->out_from};
     if (c->body.left) {
         uint64_t start = net_lap_begin(c->shard);
         n += net_cursor_iov(&c->shard->pool, &c->body, iov + n, max - n, bytes);

@@ -17,7 +17,8 @@
 
 #define NET_IN_BYTES (16u << 10)
 #define NET_OUT_BYTES (64u << 10)
-#define NET_INLINE_BYTES (16u << 10) /* an answer up to this is copied, to be sent together with others */
+#define NET_INLINE_BYTES                                                                           \
+    (16u << 10) /* an answer up to this is copied, to be sent together with others */
 #define NET_MAX_IOV 128
 
 struct net_conn {
@@ -34,6 +35,8 @@ struct net_conn {
     struct net_cursor body; /* goes out after out */
     struct net_delivery *delivery;
 
+    /* Whoever wrote much will write much again: then only a header is received into in, and the rest where it belongs. */
+    bool headers_only;
     uint32_t in_from, in_to, out_from, out_to;
     uint8_t in[NET_IN_BYTES], out[NET_OUT_BYTES];
 };

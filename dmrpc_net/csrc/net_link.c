@@ -76,7 +76,9 @@ static void append(struct net_link *l, struct net_call *c) {
 
 int net_link_submit(struct net_link *l, struct net_call *c, bool cork) {
     pthread_mutex_lock(&l->lock);
-    int status = l->failed != NET_PENDING ? l->failed : l->nr_calls >= l->max_calls ? NET_CROWDED : 0;
+    int status = l->failed != NET_PENDING      ? l->failed
+                 : l->nr_calls >= l->max_calls ? NET_CROWDED
+                                               : 0;
     if (status == 0) {
         append(l, c);
         if (!cork && !l->broken && !l->sending)
@@ -126,7 +128,8 @@ static int poll_unlocked(struct net_link *l, short events, uint64_t deadline_ns,
 static void sleep_until_changed(struct net_link *l, uint64_t deadline_ns) {
     l->nr_sleeping++;
     if (deadline_ns) {
-        struct timespec t = {(time_t)(deadline_ns / 1000000000u), (long)(deadline_ns % 1000000000u)};
+        struct timespec t = {(time_t)(deadline_ns / 1000000000u),
+                             (long)(deadline_ns % 1000000000u)};
         (void)pthread_cond_timedwait(&l->changed, &l->lock, &t);
     } else {
         (void)pthread_cond_wait(&l->changed, &l->lock);

@@ -105,9 +105,9 @@ static inline bool net_call_done(const struct net_call *c) {
 }
 
 /* net_link_io.c; the lock is held */
-int net_link_broke(struct net_link *l);               /* NET_BROKEN */
-int net_link_end(struct net_link *l, int outcome);    /* outcome, which is every call's now */
-int net_link_send(struct net_link *l);                /* 1: the socket takes no more. 0: all is sent */
-int net_link_receive(struct net_link *l);             /* 1: something came. 0: nothing there */
+int net_link_broke(struct net_link *l);            /* NET_BROKEN */
+int net_link_end(struct net_link *l, int outcome); /* outcome, which is every call's now */
+int net_link_send(struct net_link *l);             /* 1: the socket takes no more. 0: all is sent */
+int net_link_receive(struct net_link *l);          /* 1: something came. 0: nothing there */
 
 #endif

@@ -94,8 +94,8 @@ int net_link_send(struct net_link *l) {
                 skip -= sizeof c->request;
             }
             if (c->request.payload)
-                iov[n++] = (struct iovec){(char *)(uintptr_t)c->payload + skip,
-                                          c->request.payload - skip};
+                iov[n++] =
+                    (struct iovec){(char *)(uintptr_t)c->payload + skip, c->request.payload - skip};
             skip = 0;
         }
         m.msg_iovlen = (size_t)n;
@@ -136,9 +136,7 @@ static int head_arrived(struct net_link *l) {
     return 0;
 }
 
-static void body_arrived(struct net_link *l) {
-    finish(l, l->head.status, l->head.a, l->head.b);
-}
+static void body_arrived(struct net_link *l) { finish(l, l->head.status, l->head.a, l->head.b); }
 
 static int take_bytes(struct net_link *l, const uint8_t *bytes, uint64_t n) {
     while (n) {

@@ -228,8 +228,8 @@ static void *run(void *arg) {
     struct net_loop *l = arg;
     struct epoll_event events[EVENTS];
     while (!atomic_load(&l->stop)) {
-        const bool idle = l->ready.next_ready == &l->ready &&
-                          l->shard.deliveries.next == &l->shard.deliveries;
+        const bool idle =
+            l->ready.next_ready == &l->ready && l->shard.deliveries.next == &l->shard.deliveries;
         int n = epoll_wait(l->epoll, events, EVENTS, idle ? -1 : patience(l));
         bool posts = false;
         NET_COUNT(&l->shard, system_calls, 1);

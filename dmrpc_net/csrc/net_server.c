@@ -62,7 +62,8 @@ int net_server_open(const struct net_config *config, const int *listeners, int n
         return NET_NO_MEMORY;
     v->config = *config;
     /* Whole huge pages for each shard, if there is enough. */
-    const uint64_t grain = config->pool_bytes / config->nr_shards >= HUGE ? HUGE : config->page_bytes;
+    const uint64_t grain =
+        config->pool_bytes / config->nr_shards >= HUGE ? HUGE : config->page_bytes;
     v->slice_bytes = config->pool_bytes / config->nr_shards / grain * grain;
     if (getrandom(&v->epoch, sizeof v->epoch, 0) != sizeof v->epoch) {
         free(v);

@@ -86,7 +86,7 @@ struct net_range {
     uint32_t *pages;
 };
 
-struct net_class {           /* the ranges of one size */
+struct net_class {            /* the ranges of one size */
     struct net_range **slots; /* by index */
     uint32_t nr, capacity;
     uint32_t *freed; /* ring of indices, the longest unused first; as large as slots */
@@ -153,8 +153,10 @@ uint64_t net_key_open(const struct net_refs *t, uint64_t key);
 
 /* ---------------------------------------------------------------- net_session.c: a process, as far as this shard knows it */
 
-struct net_delivery { /* pages of a Ref that was got: kept until the answer is known to have arrived */
-    struct net_delivery *prev, *next; /* of the shard; those that are being sent are not in the list */
+struct
+    net_delivery { /* pages of a Ref that was got: kept until the answer is known to have arrived */
+    struct net_delivery *prev,
+        *next; /* of the shard; those that are being sent are not in the list */
     bool listed;
     uint64_t expires_ns;
     struct net_kept *kept;
@@ -182,13 +184,13 @@ struct net_session {
     uint64_t nr_pages;   /* entries that are no holes, of ranges and Refs held */
     uint64_t nr_virtual; /* entries, of ranges and Refs held */
 
-    uint64_t last_id;     /* of the last request carried out */
-    uint64_t last_change; /* of the last one that may change what a read returns */
+    uint64_t last_id;      /* of the last request carried out */
+    uint64_t last_change;  /* of the last one that may change what a read returns */
     struct net_kept *kept; /* ring */
     uint32_t kept_first, nr_kept, kept_capacity;
     struct net_delivery *deliveries;
 
-    void *connection; /* whoever feeds it; one at a time */
+    void *connection;                /* whoever feeds it; one at a time */
     struct net_session *next, *prev; /* of the shard */
 };
 
@@ -198,9 +200,9 @@ struct net_limits {
     uint32_t max_ranges;
     uint32_t max_refs;
     uint32_t max_outstanding;
-    uint32_t max_count;    /* 0: the greatest that there is */
+    uint32_t max_count;     /* 0: the greatest that there is */
     uint32_t max_ref_slots; /* of the shard */
-    uint32_t keep_ms;      /* how long deliveries are kept */
+    uint32_t keep_ms;       /* how long deliveries are kept */
 };
 
 struct net_shard {
@@ -208,7 +210,7 @@ struct net_shard {
     struct net_refs refs;
     struct net_limits limits;
     uint32_t server, index;
-    bool eager;            /* create_ref always copies */
+    bool eager; /* create_ref always copies */
     bool time_translation;
     uint64_t clock_ns; /* of two looks at the clock */
     struct net_session *sessions;

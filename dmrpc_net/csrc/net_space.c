@@ -66,8 +66,8 @@ struct net_range *net_space_add(struct net_space *s, uint32_t page_shift, uint32
         *status = NET_NO_ADDRESS_SPACE;
         return NULL;
     }
-    uint64_t address = s->prefix | (uint64_t)(c - NET_MIN_CLASS + 1) << NET_CLASS_SHIFT |
-                       (uint64_t)index << c;
+    uint64_t address =
+        s->prefix | (uint64_t)(c - NET_MIN_CLASS + 1) << NET_CLASS_SHIFT | (uint64_t)index << c;
     *r = (struct net_range){.address = address,
                             .nr_pages = nr_pages,
                             .nr_filled = net_pages_filled(pages, nr_pages),

@@ -111,21 +111,22 @@ struct net_welcome {
 /* ---------------------------------------------------------------- requests and answers */
 
 enum net_op {
-    NET_RALLOC = 1,      /* a: bytes                             -> a: address */
-    NET_RFREE = 2,       /* a: address of a range */
-    NET_CREATE_REF = 3,  /* a: address, b: bytes; COPY, MOVE     -> a: key */
-    NET_MAP_REF = 4,     /* a: key, b: length; READ_ONLY         -> a: address */
-    NET_RREAD = 5,       /* a: address, b: bytes                 -> payload */
-    NET_RWRITE = 6,      /* a: address, payload */
-    NET_ACCEPT_REF = 7,  /* a: key, b: length */
-    NET_CLONE_REF = 8,   /* a: key, b: length                    -> a: key */
-    NET_DROP_REF = 9,    /* a: key, b: length                    -> a: 1 dropped, 0 not held by this process */
-    NET_PUT = 10,        /* payload; KEEP                        -> a: key, b: address with KEEP */
-    NET_GET = 11,        /* a: key, b: length, c: offset, d: bytes; KEEP -> payload */
-    NET_HELD = 12,       /* a: key, b: length                    -> a: 1 held by this process, 0 not */
-    NET_UNDO = 13,       /* a: id of an earlier request: give back what it gave, if it was carried out */
-    NET_STATS = 14,      /*                                      -> uint64_t[NET_NR_COUNTERS] */
-    NET_AUDIT = 15,      /*                                      -> struct net_audit */
+    NET_RALLOC = 1,     /* a: bytes                             -> a: address */
+    NET_RFREE = 2,      /* a: address of a range */
+    NET_CREATE_REF = 3, /* a: address, b: bytes; COPY, MOVE     -> a: key */
+    NET_MAP_REF = 4,    /* a: key, b: length; READ_ONLY         -> a: address */
+    NET_RREAD = 5,      /* a: address, b: bytes                 -> payload */
+    NET_RWRITE = 6,     /* a: address, payload */
+    NET_ACCEPT_REF = 7, /* a: key, b: length */
+    NET_CLONE_REF = 8,  /* a: key, b: length                    -> a: key */
+    NET_DROP_REF =
+        9, /* a: key, b: length                    -> a: 1 dropped, 0 not held by this process */
+    NET_PUT = 10,   /* payload; KEEP                        -> a: key, b: address with KEEP */
+    NET_GET = 11,   /* a: key, b: length, c: offset, d: bytes; KEEP -> payload */
+    NET_HELD = 12,  /* a: key, b: length                    -> a: 1 held by this process, 0 not */
+    NET_UNDO = 13,  /* a: id of an earlier request: give back what it gave, if it was carried out */
+    NET_STATS = 14, /*                                      -> uint64_t[NET_NR_COUNTERS] */
+    NET_AUDIT = 15, /*                                      -> struct net_audit */
     NET_PING = 16,
     NET_LAST_OP = NET_PING,
 };
@@ -230,7 +231,8 @@ struct net_audit {
     uint64_t nr_processes;
     uint64_t nr_ranges;
     uint64_t nr_refs;
-    uint64_t nr_violations; /* pages whose count is not the sum of what refers to them, or that are free twice or never */
+    uint64_t
+        nr_violations; /* pages whose count is not the sum of what refers to them, or that are free twice or never */
     uint64_t first_violation; /* page number */
 };
 

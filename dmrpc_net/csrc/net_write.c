@@ -95,8 +95,7 @@ int net_write_begin(struct net_shard *s, struct net_session *ses, uint64_t addre
             prepare(s, w->targets[last], old[last], end, page_bytes);
         ses->nr_pages += nr_holes; /* until commit or abort, by this write */
     }
-    w->to = (struct net_cursor){
-        .pages = w->targets, .at = to.at & (page_bytes - 1), .left = bytes};
+    w->to = (struct net_cursor){.pages = w->targets, .at = to.at & (page_bytes - 1), .left = bytes};
     enlist(s, w);
     return NET_OK;
 }
@@ -195,8 +194,7 @@ int net_put_commit(struct net_shard *s, struct net_write *w, uint32_t flags, uin
                 net_pages_drop(&s->pool, w->targets, w->nr);
         }
     }
-    if (status == NET_OK &&
-        !net_ref_add(&s->refs, ses, w->targets, w->nr, w->nr, w->bytes, key)) {
+    if (status == NET_OK && !net_ref_add(&s->refs, ses, w->targets, w->nr, w->nr, w->bytes, key)) {
         status = NET_NO_REF_SLOT;
         if (range) {
             (void)net_space_remove(&ses->space, range);

@@ -152,16 +152,14 @@ static void write_bytes(struct process *p, uint32_t shard, uint64_t address, con
 
 static void read_bytes(struct process *p, uint32_t shard, uint64_t address, void *into,
                        uint32_t n) {
-    struct net_call c = {.request = {.op = NET_RREAD, .a = address, .b = n},
-                         .into = into,
-                         .into_bytes = n};
+    struct net_call c = {
+        .request = {.op = NET_RREAD, .a = address, .b = n}, .into = into, .into_bytes = n};
     EXPECT_EQ(call(p, shard, &c), NET_OK);
 }
 
 static struct net_audit audit(struct process *p, uint32_t shard) {
     struct net_audit found;
-    struct net_call c = {
-        .request = {.op = NET_AUDIT}, .into = &found, .into_bytes = sizeof found};
+    struct net_call c = {.request = {.op = NET_AUDIT}, .into = &found, .into_bytes = sizeof found};
     EXPECT_EQ(call(p, shard, &c), NET_OK);
     EXPECT_EQ(found.nr_violations, 0);
     return found;

@@ -362,8 +362,8 @@ static void random_operations_keep_every_count(void) {
                 expect_bytes(ses[i], *a + offset, bytes, 1 + (step & 0x7f));
             break;
         case 4:
-            (void)net_create_ref(&shard, ses[i], *a + offset / PAGE * PAGE, bytes,
-                                 rng_below(&r, 4), key);
+            (void)net_create_ref(&shard, ses[i], *a + offset / PAGE * PAGE, bytes, rng_below(&r, 4),
+                                 key);
             if (!net_space_find(&ses[i]->space, *a))
                 *a = 0;
             break;
@@ -382,8 +382,7 @@ static void random_operations_keep_every_count(void) {
         case 7: {
             struct net_ref *ref = net_ref_of(&shard.refs, *key);
             if (ref)
-                (void)net_clone_ref(&shard, ses[i], *key, ref->length,
-                                    &keys[rng_below(&r, KEYS)]);
+                (void)net_clone_ref(&shard, ses[i], *key, ref->length, &keys[rng_below(&r, KEYS)]);
             break;
         }
         case 8: {

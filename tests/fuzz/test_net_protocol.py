@@ -37,7 +37,10 @@ def requests(draw):
     )
 
 
-streams = st.lists(st.tuples(st.sampled_from([1, 2, 3]), st.one_of(requests(), st.binary(max_size=200))), max_size=25)
+streams = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3]), st.one_of(requests(), st.binary(max_size=200))),
+    max_size=25,
+)
 
 
 @given(stream=streams, window=st.integers(1, 9000), connects=st.sets(st.integers(0, 24)))
@@ -122,7 +125,12 @@ def test_however_a_stream_is_cut_its_answers_are_the_same(lengths, windows):
         address = answers(spoken.shard.feed(1, stream)[0])[0].a
         stream = b""
         for length in lengths:
-            stream += request("RWRITE", id + 1, address + length % 5000, payload=bytes([length % 255 + 1]) * length)
+            stream += request(
+                "RWRITE",
+                id + 1,
+                address + length % 5000,
+                payload=bytes([length % 255 + 1]) * length,
+            )
             stream += request("RREAD", id + 2, address, 40_000)
             id += 2
         found.append(answers(spoken.shard.feed(1, stream, window)[0]))

@@ -68,7 +68,9 @@ def test_many_calls_are_under_way_at_once(client):
         await asyncio.gather(
             *(client.aio.rwrite(address + i * PAGE, bytes([i]) * PAGE) for i in range(64))
         )
-        pages = await asyncio.gather(*(client.aio.read(address + i * PAGE, PAGE) for i in range(64)))
+        pages = await asyncio.gather(
+            *(client.aio.read(address + i * PAGE, PAGE) for i in range(64))
+        )
         assert all(page == bytes([i]) * PAGE for i, page in enumerate(pages))
 
     asyncio.run(main())
@@ -200,7 +202,8 @@ def test_awaited_calls_survive_breaks(servers):
             address = await client.aio.ralloc(64 * PAGE)
             for round_ in range(10):
                 calls = [
-                    client.aio.rwrite(address + i * PAGE, bytes([i + round_]) * PAGE).start() for i in range(64)
+                    client.aio.rwrite(address + i * PAGE, bytes([i + round_]) * PAGE).start()
+                    for i in range(64)
                 ]
                 proxy.cut()
                 await asyncio.gather(*calls)

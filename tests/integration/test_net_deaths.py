@@ -33,9 +33,7 @@ def assert_whole(data: bytes | bytearray) -> None:
     assert data.count(data[:1]) == len(data), "bytes of two blocks in one"
 
 
-def live(
-    addresses: list[str], secret: str, seed: int, refs: Any, failures: Any, stop: Any
-) -> None:
+def live(addresses: list[str], secret: str, seed: int, refs: Any, failures: Any, stop: Any) -> None:
     """Go on until told to stop, or killed."""
     faulthandler.dump_traceback_later(150, exit=True)
     rng = random.Random(seed)

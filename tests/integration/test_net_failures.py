@@ -187,7 +187,11 @@ def test_threads_that_share_a_connection_survive_its_breaks(client, proxy):
     while any(thread.is_alive() for thread in threads):
         accepted = proxy.nr_accepted
         proxy.cut()
-        until(lambda before=accepted: proxy.nr_accepted > before or not any(t.is_alive() for t in threads))
+        until(
+            lambda before=accepted: (
+                proxy.nr_accepted > before or not any(t.is_alive() for t in threads)
+            )
+        )
     assert not failures
 
 
@@ -214,7 +218,9 @@ def test_what_was_held_goes_with_the_control_connection(client, proxy, servers):
     assert watcher.get(wire) == b"y"
 
 
-def test_a_client_that_was_let_go_begins_anew_and_does_not_mistake_its_addresses(client, proxy, servers):
+def test_a_client_that_was_let_go_begins_anew_and_does_not_mistake_its_addresses(
+    client, proxy, servers
+):
     address = client.ralloc(PAGE)
     client.rwrite(address, b"x")
     proxy.cut_control()
@@ -362,7 +368,13 @@ def test_when_one_of_two_servers_dies_the_other_serves_on():
         assert len(set(addresses)) == 10
         servers.servers[1].start()
         before = client.stats(0)["nr_ranges"]
-        until(lambda: client.ralloc(PAGE) and client.stats(0)["nr_ranges"] < before + 10 and _has(client, 1))
+        until(
+            lambda: (
+                client.ralloc(PAGE)
+                and client.stats(0)["nr_ranges"] < before + 10
+                and _has(client, 1)
+            )
+        )
 
 
 def _has(client: dmrpc_net.Client, server: int) -> bool:
@@ -397,9 +409,8 @@ def test_who_finds_no_server_is_told_where_it_was_expected():
 
 
 def test_servers_in_the_wrong_order_are_noticed():
-    with serving(count=2, shards=1) as servers:
-        with pytest.raises(RemoteProtocolError):
-            dmrpc_net.attach(servers.addresses[::-1], secret=servers.secret)
+    with serving(count=2, shards=1) as servers, pytest.raises(RemoteProtocolError):
+        dmrpc_net.attach(servers.addresses[::-1], secret=servers.secret)
 
 
 def test_a_full_server_says_so():

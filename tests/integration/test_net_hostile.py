@@ -144,7 +144,14 @@ def test_who_does_not_know_the_secret_learns_nothing_else(servers, good, said):
 def test_the_secret_is_looked_at_before_anything_else(servers):
     secret = bytearray(read_secret(servers.secret))
     secret[31] ^= 1
-    for changes in ({}, {"version": 99}, {"magic": 1}, {"kind": 7}, {"kind": 2, "pid": 5}, {"reserved": 3}):
+    for changes in (
+        {},
+        {"version": 99},
+        {"magic": 1},
+        {"kind": 7},
+        {"kind": 2, "pid": 5},
+        {"reserved": 3},
+    ):
         sock = connected(servers)
         sock.sendall(hello(servers, secret=bytes(secret), **changes))
         assert status_of(everything(sock)) == "DENIED"
@@ -220,7 +227,9 @@ def test_a_second_connection_of_a_process_replaces_the_first(servers, good, intr
 
 
 def test_a_write_that_announces_more_than_there_is_takes_nothing(servers, good, intruder):
-    intruder.data.sendall(request("PUT", 1, payload=b"x" * 100)[:4].replace(b"d\0\0\0", struct.pack("<I", 1 << 30)))
+    intruder.data.sendall(
+        request("PUT", 1, payload=b"x" * 100)[:4].replace(b"d\0\0\0", struct.pack("<I", 1 << 30))
+    )
     intruder.data.sendall(request("PUT", 1, payload=b"x" * 100)[4:])
     assert good.stats()["nr_free"] >= good.stats()["nr_pages"] - 1
 

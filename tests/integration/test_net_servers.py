@@ -146,7 +146,8 @@ def test_a_pipeline_gives_each_call_its_own_result_or_error(servers):
         ref = p.put(b"xyz")
         with pytest.raises((BadAddress, BadSize)):
             wrong.result()
-    assert write.done() and write.result() is None
+    assert write.done()
+    assert write.result() is None
     assert right.result() == b"abc"
     assert client.get(ref.result()) == b"xyz"
 
@@ -252,7 +253,11 @@ def test_a_buffer_cannot_be_resized_while_a_call_uses_it(servers):
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dmrpc_net.server", *args], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "dmrpc_net.server", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -260,7 +265,10 @@ def test_a_server_says_where_it_serves_and_whether_its_pool_is_locked():
     with serving(shards=1) as servers:
         servers.client()
     said = servers.servers[0].log
-    assert re.search(r"number 0 serves at 127\.0\.0\.1:\d+: 32 MiB in 1 shard, (locked|NOT locked) in memory", said)
+    assert re.search(
+        r"number 0 serves at 127\.0\.0\.1:\d+: 32 MiB in 1 shard, (locked|NOT locked) in memory",
+        said,
+    )
 
 
 def test_a_server_whose_pool_cannot_be_locked_says_so_and_serves():
@@ -285,6 +293,22 @@ def test_a_server_listens_on_unix_sockets_as_well(tmp_path):
     assert not path.exists()
 
 
+def test_a_server_takes_no_path_from_anybody(tmp_path: Path):
+    path = tmp_path / "server"
+    path.write_text("something of somebody's")
+    done = run("--secret", str(tmp_path / "secret"), "--listen", f"unix:{path}")
+    assert done.returncode == 1
+    assert path.read_text() == "something of somebody's"
+    path.unlink()
+    with serving("--listen", f"unix:{path}", shards=1) as servers:
+        done = run("--secret", str(servers.secret), "--listen", f"unix:{path}")
+        assert done.returncode == 1
+        dmrpc_net.attach(f"unix:{path}", secret=servers.secret).close()
+        servers.servers[0].kill()
+        servers.servers[0].start()  # over what the dead one left there
+        dmrpc_net.attach(f"unix:{path}", secret=servers.secret).close()
+
+
 def test_a_server_does_not_listen_to_the_world_by_mistake(tmp_path: Path):
     done = run("--secret", str(tmp_path / "secret"), "--listen", "0.0.0.0:0")
     assert done.returncode == 1
@@ -296,7 +320,7 @@ def test_a_server_does_not_listen_to_the_world_by_mistake(tmp_path: Path):
     [
         (["--listen", "nonsense"], "HOST:PORT"),
         (["--listen", "127.0.0.1:99999"], "HOST:PORT"),
-        (["--size", "much"], "is no size"),
+        (["--size", "much"], "is not a size"),
         (["--size", "4096"], "cannot be cut"),
         (["--page-size", "5000"], "power of two"),
         (["--size", "100T"], ""),
@@ -357,7 +381,9 @@ def test_an_address_is_read_and_written(text, address):
     assert show_address(address) == text
 
 
-@pytest.mark.parametrize("text", ["", "host", "host:", "host:x", "host:-1", "host:65536", "host:\u0663"])
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:", "host:x", "host:-1", "host:65536", "host:\u0663"]
+)
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(MisuseError):
         parse_address(text)

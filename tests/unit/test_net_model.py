@@ -233,7 +233,9 @@ class Program:
         if ref is None:
             return
         offset = self.random.choice([0, self.random.randint(0, ref.length)])
-        size = self.random.choice([ref.length - offset, self.random.randint(0, ref.length - offset)])
+        size = self.random.choice(
+            [ref.length - offset, self.random.randint(0, ref.length - offset)]
+        )
         flags = FLAGS["KEEP"] if keep else 0
         answer = self.spoken.ask(pid, "GET", ref.key, ref.length, offset, size, flags=flags)
         if ref.holder is None:

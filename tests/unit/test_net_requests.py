@@ -128,7 +128,9 @@ def test_a_write_that_came_in_part_is_not_carried_out_and_can_come_again(spoken)
         assert found[0].payload == bytes(10 * PAGE)
     assert again(spoken, 1, write)[0].status == "OK"
     spoken.ids[1] = 2
-    assert spoken.ask(1, "RREAD", mine, 10 * PAGE).payload == bytes(5) + b"y" * 9 * PAGE + bytes(PAGE - 5)
+    assert spoken.ask(1, "RREAD", mine, 10 * PAGE).payload == bytes(5) + b"y" * 9 * PAGE + bytes(
+        PAGE - 5
+    )
 
 
 def test_bytes_may_come_in_any_pieces(spoken):
@@ -149,7 +151,11 @@ def test_bytes_may_come_in_any_pieces(spoken):
 
 def test_undo_gives_back_what_a_request_got_and_only_once(spoken):
     kept = spoken.ask(1, "RALLOC", PAGE).a
-    for op, args, payload in (("RALLOC", (PAGE,), b""), ("PUT", (), b"x"), ("CREATE_REF", (kept, 5), b"")):
+    for op, args, payload in (
+        ("RALLOC", (PAGE,), b""),
+        ("PUT", (), b"x"),
+        ("CREATE_REF", (kept, 5), b""),
+    ):
         id = spoken.next_id(1)
         spoken.shard.feed(1, request(op, id, *args, payload=payload, oldest=id))
         for _ in range(2):
