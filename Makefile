@@ -61,7 +61,11 @@ fuzz-rpc: $(VENV)/.native $(VENV)/.fuzz ## Look for bytes that the RPC layer stu
 		-timeout=10 -artifact_prefix=$(BUILD)/fuzz-rpc/ $(ARGS) $(BUILD)/fuzz-rpc/corpus
 
 .PHONY: soak
-soak: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
+soak: $(VENV)/.native ## Kill and stop hosts and coordinators at random while they work, for long [ARGS="--kills 10000 --seed N"]
+	$(PY) -m tests.soak $(ARGS)
+
+.PHONY: slow
+slow: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
 ##@ Check

@@ -770,6 +770,11 @@ cdef class Device:
                     for host in range(1, self.dev.geo.max_hosts + 1)
                     if found.free_of[host]
                 },
+                "coming_home": {
+                    host: found.coming_to[host]
+                    for host in range(1, self.dev.geo.max_hosts + 1)
+                    if found.coming_to[host]
+                },
                 "in_use": found.in_use,
                 "mapped_pages": found.mapped_pages,
                 "hole_pages": found.hole_pages,

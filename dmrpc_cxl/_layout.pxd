@@ -337,6 +337,7 @@ cdef extern from "csrc/device.h" nogil:
         uint64_t in_flight
         uint64_t nr_violations
         uint64_t free_of[1025]
+        uint64_t coming_to[1025]
         dm_violation violations[64]
 
     const dm_counter_info dm_device_counters[]

@@ -146,7 +146,7 @@ class Device:
     def audit(self) -> dict[str, Any]:
         """Account for every frame: exact on a quiescent fabric, else perhaps transient.
 
-        nr_frames, pool, free ({host: frames}), in_use, mapped_pages, hole_pages, live_refs,
+        nr_frames, pool, free ({host: frames}), coming_home (of these, not taken in), in_use, mapped_pages, hole_pages, live_refs,
         ref_pages, overflow_frames, in_flight, nr_violations, violations (the first 64, as
         (frame or None, text)).
         """

@@ -154,6 +154,7 @@
     X(recover_progress, "progress is written, the count still there")                              \
     X(recover_counted_down, "a count was dropped")                                                 \
     X(recover_reclaimed, "a frame that it owned is the pool's")                                    \
+    X(recover_told_home, "the home of frames that it was handing over can see where to look")      \
     X(recover_drop_begun, "intent to drop a Ref written in its stead")                             \
     X(recover_claimed, "a Ref that it held is claimed to be dropped")                              \
     X(recover_unlinked, "an overflow frame is unlinked, its count not dropped")                    \

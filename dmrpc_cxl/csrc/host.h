@@ -259,6 +259,7 @@ void dm_add_owned(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs
 
 /* ---- home.c: frames that other hosts freed */
 bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr);
+void dm_leave_hint(struct dm_host_entry *home, uint32_t pfn, uint32_t nr);
 bool dm_take_in(struct dm_host *h, uint32_t pfn);
 void dm_take_hints(struct dm_host *h);
 bool dm_search_home(struct dm_host *h);

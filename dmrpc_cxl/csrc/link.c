@@ -272,6 +272,18 @@ int dm_link_open(struct dm_link *l, struct dm_host *h, bool unix_only, uint64_t 
     return s;
 }
 
+/* Of a name that was to be withdrawn nothing is there, after the request has been sent before: that one was carried out, and
+ * its answer lost. Answered as the first would have been. */
+static bool withdrawn_before(uint16_t type, bool sent, const struct dm_error *e, void *reply,
+                             uint32_t reply_max, uint32_t *reply_length) {
+    static const char nothing[] = "{}";
+    if (type != DM_MSG_WITHDRAW || !sent || !e || e->wire_status != DM_WIRE_NOT_FOUND ||
+        !reply_length || reply_max < sizeof nothing - 1)
+        return false;
+    memcpy(reply, nothing, *reply_length = sizeof nothing - 1);
+    return true;
+}
+
 static void pause_ms(unsigned ms) { (void)poll(NULL, 0, (int)ms); }
 
 int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const void *payload,
@@ -293,6 +305,9 @@ int dm_link_request(struct dm_link *l, struct dm_host *h, uint16_t type, const v
         }
         if (!s)
             s = exchange(l, type, payload, length, -1, reply, reply_max, reply_length, deadline, e);
+        if (s == DM_ERR_COORDINATOR_REFUSED &&
+            withdrawn_before(type, sent, e, reply, reply_max, reply_length))
+            return DM_OK;
         if (!s || s == DM_ERR_COORDINATOR_REFUSED)
             return s;
         sent = sent || l->fd >= 0;

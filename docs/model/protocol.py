@@ -144,8 +144,6 @@ def operations(w: World, h: int) -> Iterator[Action]:
         for kind in ("map", "view", "drop", "accept", "clone"):
             if kind not in menu or (kind in ("map", "view") and not room):
                 continue
-            if kind == "accept" and b[r + R_HOLDER] == h:
-                continue
             yield f"host {h} begins {kind} of Ref {ref}", begin(h, taking.begin_use, ref, kind)
 
 

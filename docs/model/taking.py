@@ -69,7 +69,7 @@ def begin_use(w: World, h: int, ref: int, kind: str) -> str:
 
 @step("accept.swap")
 def accept_swap(w: World, h: int) -> str:
-    """Compare-and-swap: LIVE of the old holder -> LIVE of this one, the next generation."""
+    """Compare-and-swap: LIVE of the old holder, perhaps this one itself -> LIVE of this one, the next generation."""
     o, b = w.hosts[h], w.b
     ref = b[o + REF] - 1
     if not claim(w, h, ref, LIVE):

@@ -27,7 +27,7 @@ from tests.standing import end, until
 
 FRAMES = 512
 COORDINATOR = ("--scrub-interval", "0", "--batch", "16", "--batch-max", "64", "--low", "0", "--high", "64",
-               "--recall-timeout", "0.2")  # fmt: skip
+               "--recall-timeout", "0.2", "--tcp", "127.0.0.1:0")  # fmt: skip
 SMALL = {"size": FRAMES * keeper.PAGE, "max_hosts": 8, "max_refs": 64, "coordinator": COORDINATOR}
 COUNT = re.compile(r"refcount of frame \d+ is (\d+), but mappings and Refs hold (\d+)")
 
@@ -109,7 +109,9 @@ class Stage:
         """Does every host know its free frames, and the coordinator the pool? It may just be told."""
         audit = self.fabric.assert_sound()
         for entry in self.fabric.host_states():
-            if entry["nr_free"] != audit["free"].get(entry["host"], 0):
+            host = entry["host"]
+            taken_in = audit["free"].get(host, 0) - audit["coming_home"].get(host, 0)
+            if entry["nr_free"] != taken_in:
                 return False
         with self.client() as client:
             return bool(client.stats()["pool"]["free"] == audit["pool"])

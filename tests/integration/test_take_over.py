@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmrpc_cxl._native import LAYOUT
 from dmrpc_cxl.errors import CoordinatorLost
 from tests.coordinators import Coordinated, coordinated, give_back, grant, publish, rejoin
 from tests.fabrics import At, HostProcess, running
@@ -85,6 +86,26 @@ def test_a_request_that_waits_while_its_coordinator_is_replaced_is_not_refused(
         assert old.wait() == 1
         go_on()
         sitting.leave()
+
+
+def test_a_coordinator_that_is_replaced_while_it_waits_for_the_one_before_gives_way(
+    tmp_path: Path,
+) -> None:
+    with coordinated(tmp_path) as fabric:
+        host = fabric.host()
+        first = fabric.coordinator
+        first.send(signal.SIGSTOP)
+        host.kill()
+        # As if it had been stopped while it reclaimed this host: nobody gets the entry before it is gone.
+        assert fabric.device.set_host_state(1, LAYOUT["HOST_ACTIVE"], LAYOUT["HOST_DEAD"])
+        fabric.start("--take-over")
+        second = fabric.coordinator
+        assert fabric.device.host(1)["state"] == LAYOUT["HOST_DEAD"]
+        fabric.start("--take-over")
+        assert second.wait() == 1
+        assert "does not end" not in second.log  # it waits no longer for the first one
+        first.send(signal.SIGCONT)
+        assert first.wait() == 1
 
 
 def tables(fabric: Coordinated) -> bytes:

@@ -16,8 +16,10 @@ Files, from pure to not; each imports only from those above it::
     holdings.py     the model of one host: mappings, Refs, and their bytes
     acts.py         operations on memory
     calls.py        the service, and calls of it
+    rush.py         what a host does when it is about to die
     program.py      a host process: acts until it is told to rest, or dies
     coordinators.py the coordinator, and what is done to it
+    aim.py          who is inside an operation right now
     slots.py        the places of hosts, and what is done to their processes
     verdict.py      the comparison of a fabric at rest with the models
     campaign.py     rounds

@@ -73,6 +73,11 @@ def main() -> int:
         f"{campaign.slots.kills} kills of hosts in {nr_rounds} rounds and {took:.0f} s: no violation"
     )
     print("done to processes:", ", ".join(f"{n} {what}" for what, n in sorted(done.items())))
+    inside = campaign.slots.operations
+    print(
+        f"killed inside native code: {sum(inside.values())},",
+        ", ".join(f"{n} in {what}" for what, n in sorted(inside.items())),
+    )
     print("operations:", ", ".join(f"{n} {what}" for what, n in sorted(campaign.acts.items())))
     print(f"frames that a crash left behind, and that were taken back: {campaign.left_behind}")
     return 0

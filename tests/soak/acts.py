@@ -83,6 +83,7 @@ class Acts:
         nbytes = rng.choice((1, 100, 4096, rng.randrange(1, 1 << 14), rng.randrange(1, 1 << 16)))
         lazy = rng.random() < 0.3
         zero = lazy or rng.random() < 0.3
+        self.holdings.strike()
         buffer = self.host.ralloc(nbytes, lazy=lazy, zero=zero)
         expected = bytearray(nbytes)
         if not zero:
@@ -93,6 +94,7 @@ class Acts:
 
     def scatter(self, rng: random.Random) -> None:
         """Take single pages and free every other one, so that runs get short."""
+        self.holdings.strike()
         pages = [self.host.ralloc(self.host.page_size) for _ in range(rng.randrange(2, 20))]
         for page in pages[::2]:
             self.holdings.held.append(Held(page, bytearray(self.host.page_size)))
@@ -108,6 +110,7 @@ class Acts:
         length = rng.choice((1, 8, rng.randrange(1, size + 1), size))
         data = rng.randbytes(min(length, size - offset))
         end = offset + len(data)
+        self.holdings.strike()
         with memoryview(held.target) as view:
             if rng.random() < 0.25:  # the kernel stores
                 os.pwrite(self._file.fileno(), data, 0)
@@ -127,6 +130,7 @@ class Acts:
         if held is None:
             return
         held.check(self._where("before it is freed"))
+        self.holdings.strike()
         self.holdings.held.remove(held)
         if isinstance(held.target, np.ndarray):
             return  # with the last reference
@@ -161,6 +165,7 @@ class Acts:
             self.holdings.claims.remove(claim)
 
     def _mapped(self, rng: random.Random, claim: Claim, ref: dmrpc_cxl.Ref | bytes) -> Held:
+        self.holdings.strike()
         how = rng.randrange(5)
         if how < 2:
             buffer = self.host.view_ref(ref)
@@ -182,6 +187,7 @@ class Acts:
         claim = self._some_claim(rng)
         if claim is None:
             return
+        self.holdings.strike()
         self.holdings.claims.remove(claim)
         if rng.random() < 0.5 and not claim.ref.drop():
             raise Violation(self._where("a Ref that nobody else knew of was gone"))
@@ -189,6 +195,7 @@ class Acts:
     def put(self, rng: random.Random) -> None:
         """Place an object, and take it out of a copy of the Ref."""
         data = np.frombuffer(rng.randbytes(rng.randrange(1, 1 << 14)), "u1")
+        self.holdings.strike()
         ref = self.host.put({"data": data, "life": self.life.number})
         found = self.host.get(ref.clone())
         if found["life"] != self.life.number or not np.array_equal(found["data"], data):
@@ -243,6 +250,7 @@ class Acts:
         self.tally["received"] += 1
         ref = dmrpc_cxl.Ref.from_bytes(letter.wire, self.host)
         claim = Claim(ref, letter.nbytes, letter.crc, letter.page_offset)
+        self.holdings.strike()
         how = rng.randrange(6)
         try:
             if how == 0:

@@ -194,6 +194,7 @@ class Calls:
         """Make one call, or some of one kind."""
         (kind,) = rng.choices(list(self.kinds), list(self.kinds.values()))
         self._called = None
+        self.holdings.strike()
         began = time.monotonic()
         try:
             kind(rng)

@@ -24,7 +24,7 @@ from .plan import SLOTS, chance
 from .slots import Slots
 
 GEOMETRY = {"size": 32 << 20, "max_hosts": 24, "max_refs": 4096}
-KILL_SECONDS = 0.3  # between kills by the driver, on average; hosts kill themselves as well
+KILL_SECONDS = 0.6  # between kills by the driver, on average; hosts kill themselves as well
 STOP_SECONDS = 0.5
 COORDINATOR_SECONDS = 0.8
 SCRUB = (("--scrub-interval", "0"), ("--scrub-interval", "0.02", "--scrub-share", "0.2"))
@@ -40,7 +40,7 @@ class Campaign:
         self.device = devices.open(self.name)
         self.loop = Loop()
         self.coordinators = Coordinators(self.loop, self.name, self.folder)
-        self.slots = Slots(self.loop, self.name, self.folder)
+        self.slots = Slots(self.loop, self.device, self.name, self.folder)
         self.acts: Counter[str] = Counter()
         self.left_behind = 0
         self._logs = {"coordinator.log": 0, "hosts.log": 0}

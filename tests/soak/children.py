@@ -98,7 +98,11 @@ def _run(
 
 
 class KillTimer:
-    """A timer of the kernel that kills this very process, at whatever instruction it is then."""
+    """A timer of the kernel that kills this very process, at whatever instruction it is then.
+
+    Operations last microseconds, and what lies between them much longer. So whoever is about to begin one calls `strike`,
+    from which on the time counts.
+    """
 
     class _Event(ctypes.Structure):  # struct sigevent
         _fields_ = (
@@ -125,13 +129,22 @@ class KillTimer:
         if library.timer_create(monotonic, ctypes.byref(event), ctypes.byref(self._timer)):
             raise OSError("timer_create failed")
 
-    def start(self, microseconds: int) -> None:
-        """Kill this process after so long, at least one microsecond."""
-        times = self._Times(first_s=0, first_ns=max(1, microseconds) * 1000)
-        assert microseconds < 1_000_000
-        if self._settime(self._timer, 0, ctypes.byref(times), None):
-            raise OSError("timer_settime failed")
+        self._times: Any = None
+        self.stop()  # the first call takes long
+        self.stop()
+
+    def arm(self, nanoseconds: int) -> None:
+        """Have the next strike kill this process after so long."""
+        assert 0 < nanoseconds < 1_000_000_000
+        self._times = ctypes.byref(self._Times(first_s=0, first_ns=nanoseconds))
+
+    def strike(self) -> None:
+        """Let the time run, if armed; harmless to call again."""
+        if self._times is not None:
+            self._settime(self._timer, 0, self._times, None)
+            self._times = None
 
     def stop(self) -> None:
         """Kill nobody."""
+        self._times = None
         self._settime(self._timer, 0, ctypes.byref(self._Times()), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,10 @@ class Claim:
 class Holdings:
     """All that a host holds and knows of."""
 
-    def __init__(self, host: dmrpc_cxl.Host) -> None:
+    def __init__(self, host: dmrpc_cxl.Host, strike: Callable[[], None]) -> None:
+        """Begin with nothing; strike is called right before each operation of native code."""
         self.host = host
+        self.strike = strike
         self.held: list[Held] = []
         self.claims: list[Claim] = []
         self.sent: list[tuple[Letter, Claim]] = []  # until the addressee has them
@@ -93,12 +96,20 @@ class Holdings:
 
     # ---------------------------------------------------------------- from one to the other
 
+    def claim_of(self, buffer: dmrpc_cxl.Buffer) -> Claim:
+        """Make a Ref of what a mapping shows, whatever that is."""
+        with memoryview(buffer) as view:
+            crc = crc_of(view)
+        at = buffer.address % self.host.page_size
+        return Claim(self.host.create_ref(buffer), buffer.nbytes, crc, at)
+
     def share(self, held: Held, offset: int, length: int) -> Claim:
         """Make a Ref of a part."""
         if (offset, length) == (0, len(held.expected)):
             target = held.target
         else:
             target = (held.address + offset, length)
+        self.strike()
         ref = self.host.create_ref(target)
         part = memoryview(held.expected)[offset : offset + length]
         return Claim(ref, length, crc_of(part), (held.address + offset) % self.host.page_size)
@@ -106,6 +117,7 @@ class Holdings:
     def move(self, held: Held) -> Claim:
         """Make a Ref of a mapping, which is gone then."""
         at = held.address % self.host.page_size
+        self.strike()
         if isinstance(held.target, np.ndarray):
             ref = move(held.target).ref
         else:
@@ -114,6 +126,7 @@ class Holdings:
         return Claim(ref, len(held.expected), crc_of(held.expected), at)
 
     def clone(self, claim: Claim) -> Claim:
+        self.strike()
         return dataclasses.replace(claim, ref=claim.ref.clone())
 
     def receive(self, buffer: dmrpc_cxl.Buffer, claim: Claim, where: str) -> Held:

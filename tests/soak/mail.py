@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 WIRE_BYTES = 40
 _FORMAT = struct.Struct("<HIHIQIIB40s")
@@ -27,7 +28,7 @@ class Letter:
     nbytes: int
     crc: int
     page_offset: int
-    revocable: bool  # its sender may drop it at any time
+    revocable: int  # 1: its sender may drop it at any time
     wire: bytes
 
     def pack(self) -> bytes:
@@ -35,8 +36,8 @@ class Letter:
 
     @classmethod
     def unpack(cls, data: bytes) -> Letter:
-        *fields, revocable, wire = _FORMAT.unpack(data)
-        return cls(*fields, bool(revocable), wire)
+        fields: list[Any] = list(_FORMAT.unpack(data))
+        return cls(*fields)
 
 
 class Mail:

@@ -13,8 +13,8 @@ SLOTS = 8
 SERVICES = tuple(f"service-{slot}" for slot in range(SLOTS))
 BALANCERS = tuple(f"balancer-{slot}" for slot in range(SLOTS))
 
-MEAN_ACTS = 250  # of a life that ends by itself
-LONGEST_DELAY = 3.0  # log10 of microseconds, from the beginning of the last act to the signal
+MEAN_ACTS = 60  # of a life that ends by itself
+LONGEST_DELAY_NS = 500_000  # from the begin of an operation to the signal
 
 
 def chance(*path: object) -> random.Random:
@@ -33,7 +33,10 @@ class Life:
     serves: bool
     balances: tuple[str, ...]  # names of services, for a forwarder
     last_act: int  # none when negative
-    delay_us: int | None  # from the last act to SIGKILL; None: it leaves in order
+    delay_ns: (
+        int | None
+    )  # from the begin of an operation in that act to SIGKILL; None: it leaves in order
+    rushes: bool  # the last act is one operation again and again
 
     def chance(self, act: int) -> random.Random:
         """Return the generator of one act."""
@@ -63,5 +66,6 @@ def life(seed: int, slot: int, number: int) -> Life:
         serves=rng.random() < 0.8,
         balances=tuple(rng.sample(others, 3)) if rng.random() < 0.3 else (),
         last_act=int(rng.expovariate(1 / MEAN_ACTS)) if ends < 0.7 else -1,
-        delay_us=int(10 ** rng.uniform(0, LONGEST_DELAY)) if ends < 0.6 else None,
+        delay_ns=rng.randrange(1, LONGEST_DELAY_NS) if ends < 0.6 else None,
+        rushes=rng.random() < 0.8,
     )

@@ -36,6 +36,7 @@ from .children import KillTimer
 from .holdings import Holdings, Violation
 from .mail import Mail
 from .plan import Life, life
+from .rush import Rush
 
 WATCHDOG_SECONDS = 150  # for one act; a call may take a minute
 SHARE_OF_CALLS = 0.25
@@ -54,7 +55,7 @@ class Program:
         self.mail = Mail(folder, plan.slot)
         self.host = self._attach(fabric)
         self.host.threshold = THRESHOLD
-        self.holdings = Holdings(self.host)
+        self.holdings = Holdings(self.host, self.timer.strike)
         self.services = Services(plan, self.holdings, lambda: self.board.phase != WORK)
         self._begin(plan)
 
@@ -92,10 +93,12 @@ class Program:
             faulthandler.dump_traceback_later(WATCHDOG_SECONDS, exit=True)
             number += 1
             if number == plan.last_act:
-                if plan.delay_us is None:
+                if plan.delay_ns is None:
                     self._leave()
                     return False
-                self.timer.start(plan.delay_us)
+                self.timer.arm(plan.delay_ns)
+                if plan.rushes:
+                    Rush(self.acts, self.calls).until_killed(plan.chance(number))
             self._act(plan.chance(number))
             self.board.count_act(plan.slot)
         return True

@@ -10,7 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dmrpc_cxl._native import LAYOUT, Device
+
 from . import program
+from .aim import Aim
 from .board import REST, WORK, Board
 from .children import Child
 from .holdings import Violation
@@ -18,6 +21,12 @@ from .loop import Loop
 from .plan import SLOTS, life
 
 KILLED = -int(signal.SIGKILL)
+AIMED = 0.8  # of the driver's kills
+OPERATIONS = {
+    number: name[len("INTENT_") :].lower()
+    for name, number in LAYOUT.items()
+    if name.startswith("INTENT_")
+}
 
 
 class Place:
@@ -37,7 +46,11 @@ class Place:
 class Slots:
     """All of them."""
 
-    def __init__(self, loop: Loop, fabric: str, folder: Path) -> None:
+    def __init__(self, loop: Loop, device: Device, fabric: str, folder: Path) -> None:
+        self.operations: Counter[str] = Counter()
+        """In which processes were when they were killed."""
+        self._device = device
+        self._aim = Aim(device)
         self.board = Board(folder / "board")
         self.kills = 0
         self.tally: Counter[str] = Counter()
@@ -108,10 +121,11 @@ class Slots:
         with contextlib.suppress(KeyError):
             self._loop.forget(place.pipe)
         place.pipe.close()
-        planned = place.doomed or life(self._seed, place.slot, place.life).delay_us is not None
+        planned = place.doomed or life(self._seed, place.slot, place.life).delay_ns is not None
         if code == KILLED and planned:
             self.kills += 1
             self.tally["killed while " + place.state] += 1
+            self._note_operation(place)
         elif code != 0 or place.state != "left":
             raise Violation(
                 f"slot {place.slot}, life {place.life}: process {place.child.pid} ended with {code},"
@@ -123,10 +137,28 @@ class Slots:
         if not self._ending:
             self._start(place, place.life + 1)
 
+    def _note_operation(self, place: Place) -> None:
+        """Note what native code was doing when the process died, if its entry still says so."""
+        if place.host:
+            entry = self._device.host(place.host)
+            if entry["pid"] == place.child.pid and entry["activity"] % 2:
+                intent = entry["intent"]
+                self.operations[OPERATIONS[intent["op"] or intent["died_in"]]] += 1
+
     # ---------------------------------------------------------------- what is done to them
 
     def kill(self, rng: random.Random) -> None:
-        """Kill one, whatever it is doing."""
+        """Kill one: mostly one that is inside an operation, otherwise whatever it is doing."""
+        if rng.random() < AIMED:
+            living = {
+                place.host: place
+                for place in self.places
+                if place.state == "working" and not place.doomed and not place.child.stopped
+            }
+            found = self._aim.find(list(living), rng)
+            if found is not None:
+                self._kill(living[found])
+                return
         self._kill(rng.choice(self.places))
 
     def _kill(self, place: Place) -> None:
@@ -165,6 +197,7 @@ class Slots:
         self._loop.until(
             lambda: all(place.state == "resting" for place in self.places), "all hosts rest"
         )
+        self._aim.check(self.places[0].host)
 
     def ask(self, question: str, argument: Any = None) -> list[Any]:
         """Ask every host at rest, all at once; return what each says."""

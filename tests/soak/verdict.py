@@ -78,9 +78,10 @@ def read_log(path: Path, begin: int, bad: str) -> int:
     with path.open("rb") as file:
         file.seek(begin)
         data = file.read()
-    for line in data.decode(errors="replace").splitlines():
+    lines = data.decode(errors="replace").splitlines()
+    for number, line in enumerate(lines):
         if re.search(bad, line) and not HARMLESS.search(line):
-            raise Violation(f"{path}: {line}")
+            raise Violation("\n".join([f"{path}:", *lines[number : number + 40]]))
     return begin + len(data)
 
 

@@ -1,11 +1,11 @@
 """The service table of the device: what is in it is whole, whatever came in between."""
 
 import os
-import struct
+import signal
 
 import pytest
 
-from dmrpc_cxl._native import LAYOUT, Device, format_device
+from dmrpc_cxl._native import LAYOUT, Device, crash_at, format_device
 from dmrpc_cxl.coordinator.directory import Directory
 from dmrpc_cxl.coordinator.names import Names
 from dmrpc_cxl.errors import BadSize, CoordinatorReplaced, ServiceTableFull
@@ -50,11 +50,69 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(device, name, endpo
     assert device.services() == []
 
 
-def test_an_entry_whose_last_store_is_missing_is_not_there_and_its_slots_are_free(device):
-    slot, _ = device.publish(1, 1, b"long", b"x" * 3000)
-    poke(device, slot, 0, struct.pack("<I", 0))  # the state, which is written last
-    assert device.services() == []
-    assert device.publish(1, 1, b"other", b"y")[0] == slot
+def dies_at(label, do, n=1):
+    """Let a process do it that is killed at the n-th pass of a label."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            crash_at(label, n)
+            do()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("size", [1, 500, 4000])
+def test_an_entry_that_was_not_completed_is_not_there_and_its_slots_are_free(device, size):
+    device.publish(2, 2, b"other", b"1")
+    dies_at("service_written", lambda: device.publish(1, 1, b"long", b"x" * size))
+    assert names_in(device) == {b"other": b"1"}
+    assert device.publish(1, 1, b"next", b"y")[0] == 1
+
+
+@pytest.mark.parametrize("size", [1, 500, 4000])
+def test_an_entry_that_was_completed_is_there_whole_whatever_became_of_its_maker(device, size):
+    dies_at("service_live", lambda: device.publish(1, 1, b"long", b"x" * size))
+    assert names_in(device) == {b"long": b"x" * size}
+
+
+STEPS = [("service_written", 1), ("service_live", 2), ("service_withdrawn", 2), ("published", 2)]
+
+
+@pytest.mark.parametrize(("label", "counts"), STEPS)
+def test_a_name_that_was_being_published_anew_has_its_old_endpoint_or_its_new_one(
+    device, label, counts
+):
+    directory = Directory(device, Names())
+    directory.publish("name", 1, 1, 1)
+    dies_at(label, lambda: directory.publish("name", 2, 1, 1))
+    successor = Directory(device, Names())
+    successor.restore({1: 1})
+    assert successor.lookup("name").endpoint == counts
+    assert names_in(device) == {b"name": b"%d" % counts}
+
+
+def test_a_withdrawal_counts_from_its_store_on(device):
+    directory = Directory(device, Names())
+    directory.publish("name", 1, 1, 1)
+    directory.publish("other", 2, 1, 1)
+    dies_at("service_withdrawn", lambda: directory.withdraw("name", 1))
+    successor = Directory(device, Names())
+    successor.restore({1: 1})
+    assert [service.name for service in successor.with_prefix()] == ["other"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_names_of_a_dead_host_go_however_often_those_die_who_remove_them(device, n):
+    directory = Directory(device, Names())
+    for number in range(4):
+        directory.publish(f"name-{number}", "x" * 1000, 1, 1)
+    directory.publish("stays", 1, 2, 2)
+    dies_at("service_withdrawn", lambda: directory.forget_host(1), n)
+    assert len(device.services()) == 5 - n
+    dies_at("service_withdrawn", lambda: Directory(device, Names()).restore({2: 2}))
+    Directory(device, Names()).restore({2: 2})
+    assert names_in(device) == {b"stays": b"1"}
 
 
 def test_slots_that_were_withdrawn_are_used_again_without_end(device):
@@ -91,15 +149,6 @@ def test_a_damaged_entry_is_told_and_removed_at_the_next_start(device, offset):
     assert [entry["damaged"] for entry in device.services()].count(True) == 1
     Directory(device, Names()).restore({1: 1})
     assert names_in(device) == {b"good": b"8"}
-
-
-def test_of_two_entries_that_a_crash_left_the_later_one_counts(device):
-    device.publish(1, 1, b"name", b"1")
-    device.publish(1, 1, b"name", b"2")
-    directory = Directory(device, Names())
-    directory.restore({1: 1})
-    assert directory.lookup("name").endpoint == 2
-    assert names_in(device) == {b"name": b"2"}
 
 
 def test_names_of_hosts_that_are_gone_are_removed_at_the_next_start(device):
