@@ -114,6 +114,12 @@ cdef class Link:
         return net_link_healthy(self.l)
 
     @property
+    def failed(self):
+        """Whether it has failed for good."""
+        cdef int state = net_link_state(self.l)
+        return state < 0 and state != NET_BROKEN
+
+    @property
     def generation(self):
         """How many sockets it has had."""
         return self.l.generation
@@ -181,7 +187,7 @@ cdef class Call:
     cdef bint viewing, started, taken
     cdef uint64_t deadline
     cdef object value, error
-    cdef Ref ref  # that is used up if all goes well
+    cdef Ref ref  # that is used up if all goes well; with ACCEPT_REF, that is held
     cdef object __weakref__
 
     def __init__(self):
@@ -194,30 +200,26 @@ cdef class Call:
             PyBuffer_Release(&self.view)
 
     cdef int send_from(self, data) except -1:
-        """Have the call carry a buffer's bytes, in the order in which they lie in memory."""
+        """Have the call carry a buffer's bytes, in the order in which they lie in memory. 1: they are too many."""
         PyObject_GetBuffer(data, &self.view, PyBUF_ANY_CONTIGUOUS)
         self.viewing = True
-        if self.view.len > NET_MAX_TRANSFER:
-            raise _cxl.BadSize(f"{self.operation}: {self.view.len} bytes, at most {NET_MAX_TRANSFER} at once")
         if self.view.len == 0:
             raise _cxl.BadSize(f"{self.operation}: there is nothing to write")
         self.c.payload = self.view.buf
         self.c.request.payload = <uint32_t>self.view.len
-        return 0
+        return <uint64_t>self.view.len > self.client.max_transfer
 
     cdef int receive_into(self, buffer, uint64_t nbytes, bint whole) except -1:
-        """Have the answer's bytes put into a buffer; whole: as many as it holds."""
+        """Have the answer's bytes put into a buffer; whole: as many as it holds. 1: they are too many."""
         PyObject_GetBuffer(buffer, &self.view, PyBUF_ANY_CONTIGUOUS | PyBUF_WRITABLE)
         self.viewing = True
         if whole:
             nbytes = self.view.len
         if nbytes > <uint64_t>self.view.len:
             raise _cxl.BadSize(f"{self.operation}: {nbytes} bytes do not fit into {self.view.len}")
-        if nbytes > NET_MAX_TRANSFER:
-            raise _cxl.BadSize(f"{self.operation}: {nbytes} bytes, at most {NET_MAX_TRANSFER} at once")
         self.c.into = self.view.buf
         self.c.into_bytes = nbytes
-        return 0
+        return nbytes > self.client.max_transfer
 
     cdef int start(self, bint cork) except -1:
         cdef int status
@@ -278,7 +280,10 @@ cdef class Call:
 
     cdef int finish(self) except -1:
         cdef net_op op = <net_op>self.c.request.op
-        if self.ref is not None:
+        if self.ref is not None and op == NET_ACCEPT_REF:
+            self.ref.link = self.link
+            self.ref.ours = True
+        elif self.ref is not None:
             self.ref.spent = True
         if op == NET_RALLOC or op == NET_MAP_REF:
             self.value = self.c.a
@@ -474,15 +479,19 @@ cdef class Operations:
     cdef object dispatch(self, Call call):
         raise NotImplementedError
 
+    cdef object in_pieces(self, Call call, buffer):
+        """Do what one call is too small for; only who waits can."""
+        raise _cxl.BadSize(f"{call.operation}: more than {self.client.max_transfer} bytes at once")
+
     # Which link
 
     cdef Call at_address(self, net_op op, str operation, address, timeout):
         cdef uint64_t a = _u64(address, operation, _cxl.BadAddress)
         cdef Client client = self.client
-        cdef Link link = client.link_of(
-            net_address_server(a), net_address_shard(a), operation, _cxl.BadAddress
+        cdef Call call = client.new_call(op, operation, timeout)
+        call.link = client.link_of(
+            net_address_server(a), net_address_shard(a), call, _cxl.BadAddress
         )
-        cdef Call call = client.new_call(op, link, operation, timeout)
         call.c.request.a = a
         return call
 
@@ -491,10 +500,10 @@ cdef class Operations:
         cdef Ref r = ref if isinstance(ref, Ref) else Ref.from_bytes(ref, client)
         if r.spent:
             raise _cxl.RefConsumed(f"{operation}: this Ref was mapped or dropped before")
-        cdef Link link = client.link_of(r.w.server, r.w.shard, operation, _cxl.BadRef)
-        if r.w.length > link.slice_bytes:
+        cdef Call call = client.new_call(op, operation, timeout)
+        call.link = client.link_of(r.w.server, r.w.shard, call, _cxl.BadRef)
+        if r.w.length > call.link.slice_bytes:
             raise _cxl.BadRef(f"{operation}: a Ref of {r.w.length} bytes, more than its shard has")
-        cdef Call call = client.new_call(op, link, operation, timeout)
         call.c.request.a = r.w.key
         call.c.request.b = r.w.length
         call.ref = r
@@ -502,12 +511,12 @@ cdef class Operations:
 
     cdef Call anywhere(self, net_op op, str operation, server, shard, timeout):
         cdef Client client = self.client
-        cdef Link link
+        cdef Call call = client.new_call(op, operation, timeout)
         if server is None:
-            link = client.next_link(operation)
+            call.link = client.next_link(call)
         else:
-            link = client.link_of(server, 0 if shard is None else shard, operation, _cxl.BadAddress)
-        return client.new_call(op, link, operation, timeout)
+            call.link = client.link_of(server, 0 if shard is None else shard, call, _cxl.BadAddress)
+        return call
 
     # Ranges
 
@@ -549,7 +558,8 @@ cdef class Operations:
         """
         cdef Call call = self.at_address(NET_RREAD, "rread", address, timeout)
         cdef bint whole = size is None
-        call.receive_into(into, 0 if whole else _u64(size, "rread", _cxl.BadSize), whole)
+        if call.receive_into(into, 0 if whole else _u64(size, "rread", _cxl.BadSize), whole):
+            return self.in_pieces(call, into)
         call.c.request.b = call.c.into_bytes
         return self.dispatch(call)
 
@@ -557,10 +567,11 @@ cdef class Operations:
         """Return bytes of a range, as a bytearray."""
         cdef Call call = self.at_address(NET_RREAD, "read", address, timeout)
         cdef uint64_t n = _u64(size, "read", _cxl.BadSize)
-        if n > NET_MAX_TRANSFER:
-            raise _cxl.BadSize(f"read: {n} bytes, at most {NET_MAX_TRANSFER} at once")
+        if n > call.link.slice_bytes:
+            raise _cxl.BadSize(f"read: {n} bytes, more than the shard has")
         call.value = PyByteArray_FromStringAndSize(NULL, n)
-        call.receive_into(call.value, n, False)
+        if call.receive_into(call.value, n, False):
+            return self.in_pieces(call, call.value)
         call.c.request.b = n
         return self.dispatch(call)
 
@@ -579,7 +590,8 @@ cdef class Operations:
             ReadOnly: the range was mapped read-only.
         """
         cdef Call call = self.at_address(NET_RWRITE, "rwrite", address, timeout)
-        call.send_from(data)
+        if call.send_from(data):
+            return self.in_pieces(call, data)
         return self.dispatch(call)
 
     # Refs
@@ -621,10 +633,8 @@ cdef class Operations:
     def accept_ref(self, ref, *, timeout=None):
         """Become a Ref's holder."""
         cdef Call call = self.at_ref(NET_ACCEPT_REF, "accept_ref", ref, timeout)
-        if isinstance(ref, Ref):
-            (<Ref>ref).link = call.link
-            (<Ref>ref).exported = True
-        call.ref = None
+        if not isinstance(ref, Ref):
+            call.ref = None  # whoever has the bytes has to see to it
         return self.dispatch(call)
 
     def clone_ref(self, ref, *, timeout=None):
@@ -660,8 +670,9 @@ cdef class Operations:
             Ref: of the bytes; with keep (Ref, address).
         """
         cdef Call call = self.anywhere(NET_PUT, "put", server, shard, timeout)
-        call.send_from(data)
         call.c.request.flags = NET_KEEP if keep else 0
+        if call.send_from(data):
+            return self.in_pieces(call, data)
         return self.dispatch(call)
 
     def get(self, ref, into=None, *, offset=0, size=None, keep=False, timeout=None):
@@ -684,19 +695,16 @@ cdef class Operations:
             n = call.c.request.b - start
         if n > call.c.request.b - start:
             raise _cxl.BadSize(f"get: {n} bytes from {start} on, of {call.c.request.b}")
+        cdef bint whole = size is None and into is not None
         if into is None:
-            if n > NET_MAX_TRANSFER:
-                raise _cxl.BadSize(f"get: {n} bytes, at most {NET_MAX_TRANSFER} at once")
             call.value = into = PyByteArray_FromStringAndSize(NULL, n)
-            call.receive_into(into, n, False)
-        else:
-            call.receive_into(into, n, size is None)
+        cdef bint many = call.receive_into(into, n, whole)
         call.c.request.c = start
         call.c.request.d = call.c.into_bytes
         if keep:
             call.c.request.flags = NET_KEEP
             call.ref = None
-        return self.dispatch(call)
+        return self.in_pieces(call, into) if many else self.dispatch(call)
 
     # About a shard
 
@@ -723,6 +731,18 @@ cdef class Operations:
         return value
 
 
+cdef Ref _wire_of(Call call):
+    """A Ref like that of a call; not held, so that nothing happens when it goes."""
+    cdef Ref ref = Ref.__new__(Ref)
+    ref.client = call.client
+    ref.w.server = <uint16_t>call.link.server
+    ref.w.shard = <uint16_t>call.link.shard
+    ref.w.flags = NET_REF_TAG
+    ref.w.key = call.c.request.a
+    ref.w.length = call.c.request.b
+    return ref
+
+
 cdef class Client(Operations):
     """What every client has: links, and turns. How they are opened is said in client.py."""
 
@@ -732,10 +752,12 @@ cdef class Client(Operations):
     cdef double patience   # seconds
     cdef readonly bint is_closed
     cdef readonly int owner
+    cdef public uint64_t max_transfer  # bytes of one request
     cdef object __weakref__
 
     def __init__(self, double patience):
         self.client = self
+        self.max_transfer = NET_MAX_TRANSFER
         self.patience = patience
         self.links = []
         self.rota = []
@@ -750,11 +772,47 @@ cdef class Client(Operations):
             raise call.error
         return call.value
 
-    cdef Call new_call(self, net_op op, Link link, str operation, timeout):
+    cdef object in_pieces(self, Call call, buffer):
+        """Transfer a part at a time. What fails in between leaves the parts before it."""
+        cdef uint64_t a = call.c.request.a, start = call.c.request.c, at = 0, total
+        cdef uint64_t step = self.max_transfer
+        cdef net_op op = <net_op>call.c.request.op
+        cdef bint keep = call.c.request.flags & NET_KEEP
+        left = lambda: max((<int64_t>(call.deadline - _now_ns())) / 1e9, 0)
+        if op == NET_PUT:
+            with memoryview(buffer) as whole:
+                a = self.ralloc(whole.nbytes, server=call.link.server, shard=call.link.shard, timeout=left())
+                try:
+                    self.rwrite(a, buffer, timeout=left())
+                    ref = self.create_ref(a, whole.nbytes, move=not keep, timeout=left())
+                except BaseException:
+                    call.link.post(NET_RFREE, a, 0)
+                    raise
+            return (ref, a) if keep else ref
+        if op == NET_GET and not keep:
+            self.accept_ref(call.ref, timeout=left())
+        total = call.c.into_bytes if op != NET_RWRITE else call.view.len
+        # The buffer's bytes as they lie in memory, whatever its shape.
+        cdef char[::1] memory = <char[:total]><char *>call.view.buf
+        with memoryview(memory) as whole:
+            while at < total:
+                with whole[at : min(at + step, total)] as part:
+                    if op == NET_RREAD:
+                        self.rread(a + at, part, timeout=left())
+                    elif op == NET_RWRITE:
+                        self.rwrite(a + at, part, timeout=left())
+                    else:
+                        self.get(_wire_of(call), part, offset=start + at, keep=True, timeout=left())
+                    at += part.nbytes
+        if op == NET_GET and not keep:
+            self.drop_ref(call.ref, timeout=left())
+        return call.value
+
+    cdef Call new_call(self, net_op op, str operation, timeout):
         cdef Call call = Call.__new__(Call)
+        self.enter(operation)
         memset(&call.c, 0, sizeof(call.c))
         call.c.request.op = op
-        call.link = link
         call.client = self
         call.operation = operation
         call.deadline = _deadline_of(timeout, self.patience)
@@ -769,30 +827,29 @@ cdef class Client(Operations):
             )
         return 0
 
-    cdef Link link_of(self, uint64_t server, uint64_t shard, str operation, object kind):
+    cdef Link link_of(self, uint64_t server, uint64_t shard, Call call, object kind):
+        """The link to a shard, opened if need be within the time that the call has."""
         cdef uint64_t place = server * NET_MAX_SHARDS + shard
-        self.enter(operation)
         link = self.links[place] if shard < NET_MAX_SHARDS and place < <uint64_t>len(self.links) else None
         if link is None:
-            link = self.open_link(server, shard)
+            link = self.open_link(server, shard, call.deadline)
             if link is None:
-                raise kind(f"{operation}: there is no shard {shard} on a server {server}")
+                raise kind(f"{call.operation}: there is no shard {shard} on a server {server}")
         return <Link>link
 
-    cdef Link next_link(self, str operation):
+    cdef Link next_link(self, Call call):
         """The next of those that take turns, and that is there."""
-        self.enter(operation)
         cdef object last = None
         for _ in range(len(self.rota)):
             server, shard = self.rota[self.turn % <uint64_t>len(self.rota)]
             self.turn += 1
             try:
-                return self.link_of(server, shard, operation, _cxl.BadAddress)
+                return self.link_of(server, shard, call, _cxl.BadAddress)
             except _errors.ServerLost as error:
                 last = error
-        raise last if last is not None else _errors.ServerLost(f"{operation}: there is no server")
+        raise last if last is not None else _errors.ServerLost(f"{call.operation}: there is no server")
 
-    def open_link(self, server, shard):
+    def open_link(self, server, shard, deadline_ns):
         """Connect to a shard; None: there is no such shard."""
         raise NotImplementedError
 

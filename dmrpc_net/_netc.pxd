@@ -1,6 +1,6 @@
 # _netc.pxd - csrc/*.h as _native.pyx uses them.
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.types cimport pid_t
 
 

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,16 @@ from dmrpc_cxl.errors import BadSize, DeadlineExceeded, MisuseError, RemoteProto
 from . import _native
 from ._native import OUTCOME_CLOSED, OUTCOME_LOST, WIRE, Link, Pipeline
 from .errors import PidTaken, ServerLost
-from .greeting import SECRET_BYTES, Address, Welcome, connect, greet, parse_address, show_address
+from .greeting import (
+    SECRET_BYTES,
+    Address,
+    Forgotten,
+    Welcome,
+    connect,
+    greet,
+    parse_address,
+    show_address,
+)
 
 if TYPE_CHECKING:
     from .aio import Aio
@@ -49,7 +58,21 @@ class _Server:
     session: int = -1
     retry_at: float = 0.0  # monotonic: when a lost one may be tried again
     pause: float = FIRST_PAUSE
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=threading.RLock)
+
+    @contextlib.contextmanager
+    def locked(self, until: float) -> Iterator[None]:
+        """Hold the lock: one thread at a time opens connections.
+
+        Raises:
+            DeadlineExceeded: others took too long over that.
+        """
+        if not self.lock.acquire(timeout=max(until - time.monotonic(), 0)):
+            raise DeadlineExceeded(f"no connection to {show_address(self.address)} in time")
+        try:
+            yield
+        finally:
+            self.lock.release()
 
 
 class Client(_native.Client):
@@ -177,22 +200,27 @@ class Client(_native.Client):
         assert server.welcome is not None
         return server.welcome
 
-    def open_link(self, server: int, shard: int) -> Link | None:
+    def open_link(self, server: int, shard: int, deadline_ns: int) -> Link | None:
         """Connect to a shard; None: there is no such shard."""
         if server >= len(self._servers) or shard >= self._about(self._servers[server]).nr_shards:
             return None
         at = self._servers[server]
-        with at.lock:
-            place = server * WIRE["max_shards"] + shard
+        with at.locked(deadline_ns / 1e9):
             for link in self.open_links():
-                if link.server * WIRE["max_shards"] + link.shard == place:
+                if (link.server, link.shard) == (server, shard):
                     return link
             if at.control is None:
-                self._rejoin(at)
+                self._rejoin(at, deadline_ns / 1e9)
             about = self._about(at)
             link = Link(server, shard, about.slice_bytes, about.max_outstanding, self._reopen)
-            self._connect(at, link, time.monotonic() + LONGEST_PAUSE * 10)
             self.set_link(server, shard, link)
+            try:
+                self._reopen(link, deadline_ns)
+            except BaseException:
+                self.set_link(server, shard, None)
+                raise
+            if not link.healthy:
+                raise ServerLost(f"the memory server at {show_address(at.address)} is gone")
             return link
 
     def _connect(self, server: _Server, link: Link, until: float) -> None:
@@ -223,22 +251,19 @@ class Client(_native.Client):
         """
         server = self._servers[link.server]
         until, pause = deadline_ns / 1e9, FIRST_PAUSE
-        with server.lock:
-            while not self.is_closed and not link.healthy:
+        with server.locked(until):
+            while not (self.is_closed or link.healthy or link.failed):
                 if server.control is None or self._control_ended(server.control):
                     self._lose(server)
                     return
                 try:
                     self._connect(server, link, min(until, time.monotonic() + LONGEST_PAUSE * 10))
                     return
-                except ServerLost as error:
-                    if self._control_ended(server.control) or "forgotten" in str(error):
-                        self._lose(server)
-                        return
-                except DeadlineExceeded:
-                    pass
-                except OSError:
-                    pass  # refused, unreachable: perhaps not for long
+                except Forgotten:
+                    self._lose(server)
+                    return
+                except (DeadlineExceeded, OSError):
+                    pass  # refused, unreachable, cut: perhaps not for long
                 if time.monotonic() + pause >= until:
                     raise DeadlineExceeded(
                         f"the connection to the memory server at {show_address(server.address)} "
@@ -270,12 +295,12 @@ class Client(_native.Client):
                     self.set_link(link.server, link.shard, None)
                     link.fail(OUTCOME_LOST)
 
-    def _rejoin(self, server: _Server) -> None:
+    def _rejoin(self, server: _Server, until: float) -> None:
         """Begin anew at a server that was lost, if it is back."""
         if time.monotonic() < server.retry_at:
             raise ServerLost(f"the memory server at {show_address(server.address)} is gone")
         try:
-            self._join(server, time.monotonic() + LONGEST_PAUSE)
+            self._join(server, min(until, time.monotonic() + LONGEST_PAUSE))
         except BaseException as error:
             self._lose(server)
             if isinstance(error, DeadlineExceeded):

@@ -46,6 +46,10 @@ def show_address(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+class Forgotten(ServerLost):
+    """The server does not know this process, or no longer."""
+
+
 @dataclass(frozen=True)
 class Welcome:
     """What a server says of itself."""
@@ -130,6 +134,8 @@ def greet(
     magic, version, status = fields.pop("magic"), fields.pop("version"), fields.pop("status")
     if magic != WIRE["magic"] or version != WIRE["version"]:
         raise RemoteProtocolError("what answers there is no memory server of this version")
+    if status == WIRE["status"]["NO_PROCESS"]:
+        raise Forgotten("the memory server has let this process go")
     if status:
         raise error_of(status, "attach")
     return Welcome(**fields)

@@ -67,6 +67,17 @@ class ServerProcess:
             self.process.stderr.close()
         return self.log
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Have every thread of it stand still during a block."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        until(lambda: all(b") T " in (one / "stat").read_bytes() for one in tasks.iterdir()))
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
 from collections.abc import Iterator
 
@@ -155,12 +154,11 @@ def test_threads_and_the_loop_share_connections(client):
 
 
 def test_a_cancelled_call_leaves_nothing_behind(client, servers):
-    process = servers.servers[0].process
+    server = servers.servers[0]
 
     async def main() -> None:
         await client.aio.ping(0, 0)
-        process.send_signal(signal.SIGSTOP)
-        try:
+        with server.paused():
             calls = [client.aio.ralloc(PAGE, server=0).start() for _ in range(5)]
             calls += [client.aio.put(b"x" * 1000, server=0).start() for _ in range(5)]
             await asyncio.sleep(0)
@@ -168,8 +166,6 @@ def test_a_cancelled_call_leaves_nothing_behind(client, servers):
                 call.cancel()
             await asyncio.wait(calls)
             assert all(call.cancelled() for call in calls)
-        finally:
-            process.send_signal(signal.SIGCONT)
         await client.aio.ping(0, 0)
 
     asyncio.run(main())
@@ -178,16 +174,12 @@ def test_a_cancelled_call_leaves_nothing_behind(client, servers):
 
 
 def test_a_deadline_ends_an_awaited_call(client, servers):
-    process = servers.servers[0].process
+    server = servers.servers[0]
 
     async def main() -> None:
         await client.aio.ping()
-        process.send_signal(signal.SIGSTOP)
-        try:
-            with pytest.raises(DeadlineExceeded):
-                await client.aio.ralloc(1, timeout=0.1, server=0)
-        finally:
-            process.send_signal(signal.SIGCONT)
+        with server.paused(), pytest.raises(DeadlineExceeded):
+            await client.aio.ralloc(1, timeout=0.1, server=0)
         await client.aio.ping()
 
     asyncio.run(main())
@@ -221,10 +213,10 @@ def test_awaited_calls_end_when_the_server_dies():
 
         async def main() -> None:
             address = await client.aio.ralloc(PAGE)
-            servers.servers[0].process.send_signal(signal.SIGSTOP)
-            calls = [client.aio.read(address, 1).start() for _ in range(20)]
-            await asyncio.sleep(0)
-            servers.servers[0].kill()
+            with servers.servers[0].paused():
+                calls = [client.aio.read(address, 1).start() for _ in range(20)]
+                await asyncio.sleep(0)
+                servers.servers[0].kill()
             done = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(error, ServerLost) for error in done), done
 
@@ -234,19 +226,16 @@ def test_awaited_calls_end_when_the_server_dies():
 
 def test_closing_ends_awaited_calls(servers):
     client = servers.client()
-    process = servers.servers[0].process
+    server = servers.servers[0]
 
     async def main() -> None:
         await client.aio.ping()
-        process.send_signal(signal.SIGSTOP)
-        try:
+        with server.paused():
             call = client.aio.ping().start()
             await asyncio.sleep(0)
             closing = asyncio.get_running_loop().run_in_executor(None, client.close)
             with pytest.raises(HostClosed):
                 await call
-        finally:
-            process.send_signal(signal.SIGCONT)
         await closing
 
     asyncio.run(main())

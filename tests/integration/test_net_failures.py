@@ -245,9 +245,8 @@ def _allocated(client: dmrpc_net.Client) -> int | None:
 def test_a_server_that_stands_still_costs_no_more_than_the_deadline(servers):
     client = servers.client()
     address = client.ralloc(PAGE)
-    process = servers.servers[0].process
-    process.send_signal(signal.SIGSTOP)
-    try:
+    server = servers.servers[0]
+    with server.paused():
         for call in (
             lambda: client.ralloc(1, timeout=0.1),
             lambda: client.read(address, 10, timeout=0.1),
@@ -258,8 +257,6 @@ def test_a_server_that_stands_still_costs_no_more_than_the_deadline(servers):
                 call()
         with pytest.raises(TimeoutError):
             client.ping(timeout=0.1)
-    finally:
-        process.send_signal(signal.SIGCONT)
     # What was carried out after all was given back: nobody knows of it.
     found = client.audit()
     assert (found["nr_ranges"], found["nr_refs"]) == (1, 0)
@@ -270,13 +267,9 @@ def test_a_write_that_is_sent_in_part_breaks_its_connection_and_nothing_else(ser
     address = client.ralloc(16 << 20)
     kept = client.ralloc(PAGE)
     client.rwrite(kept, b"kept")
-    process = servers.servers[0].process
-    process.send_signal(signal.SIGSTOP)
-    try:
-        with pytest.raises(DeadlineExceeded):
-            client.rwrite(address, bytes(16 << 20), timeout=0.2)
-    finally:
-        process.send_signal(signal.SIGCONT)
+    server = servers.servers[0]
+    with server.paused(), pytest.raises(DeadlineExceeded):
+        client.rwrite(address, bytes(16 << 20), timeout=0.2)
     assert client.read(kept, 4) == b"kept"
     client.rwrite(address, b"z" * 10)
     assert client.read(address, 10) == b"z" * 10
@@ -287,13 +280,9 @@ def test_what_a_late_answer_carries_does_not_land_in_a_buffer_that_was_given_up(
     address = client.ralloc(PAGE)
     client.rwrite(address, b"x" * PAGE)
     into = bytearray(PAGE)
-    process = servers.servers[0].process
-    process.send_signal(signal.SIGSTOP)
-    try:
-        with pytest.raises(DeadlineExceeded):
-            client.rread(address, into, timeout=0.1)
-    finally:
-        process.send_signal(signal.SIGCONT)
+    server = servers.servers[0]
+    with server.paused(), pytest.raises(DeadlineExceeded):
+        client.rread(address, into, timeout=0.1)
     assert client.read(address, 1) == b"x"  # the late answer came before this one
     assert into == bytes(PAGE)
 
@@ -301,16 +290,19 @@ def test_what_a_late_answer_carries_does_not_land_in_a_buffer_that_was_given_up(
 def test_ctrl_c_ends_a_wait(servers):
     client = servers.client()
     client.ping()
-    process = servers.servers[0].process
-    process.send_signal(signal.SIGSTOP)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    try:
+    server = servers.servers[0]
+    with server.paused():
+        waiting = client.open_links()[0]
+
+        def interrupt() -> None:
+            until(lambda: waiting.stats()["outstanding"])
+            os.kill(os.getpid(), signal.SIGINT)
+
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             client.ralloc(1)
-    finally:
-        timer.join()
-        process.send_signal(signal.SIGCONT)
+        interrupter.join(60)
     until(lambda: client.audit()["nr_ranges"] == 0)
 
 
@@ -433,7 +425,7 @@ def _attached(servers: Servers) -> dmrpc_net.Client | None:
 def test_a_closed_client_refuses_and_its_waits_end(servers):
     client = servers.client()
     address = client.ralloc(PAGE)
-    process = servers.servers[0].process
+    server = servers.servers[0]
     errors: list[BaseException] = []
 
     def wait() -> None:
@@ -442,16 +434,13 @@ def test_a_closed_client_refuses_and_its_waits_end(servers):
         except BaseException as error:
             errors.append(error)
 
-    process.send_signal(signal.SIGSTOP)
-    try:
+    with server.paused():
         thread = threading.Thread(target=wait)
         thread.start()
         until(lambda: any(link.stats()["outstanding"] for link in client.open_links()))
         closing = threading.Thread(target=client.close)
         closing.start()
         thread.join(60)
-    finally:
-        process.send_signal(signal.SIGCONT)
     closing.join(60)
     assert isinstance(errors[0], HostClosed)
     with pytest.raises(HostClosed):
@@ -486,3 +475,31 @@ def test_a_stopped_server_lets_clients_know():
             client.ping(timeout=60)
         assert time.monotonic() - begin < 60
         servers.servers[0].start()
+
+
+def test_a_first_call_to_a_shard_waits_no_longer_than_its_deadline(servers):
+    client = servers.client()
+    server = servers.servers[0]
+    with server.paused():
+        begin = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            client.ralloc(1, timeout=0.2)
+        assert time.monotonic() - begin < 30
+    client.rfree(client.ralloc(1))
+
+
+def test_threads_that_find_a_connection_broken_wait_for_each_other_no_longer_than_their_deadlines(
+    client, proxy
+):
+    client.ping()
+    proxy.refuse = True
+    proxy.cut()
+    slow = threading.Thread(target=lambda: client.ping(timeout=60))
+    slow.start()
+    until(lambda: proxy.nr_accepted > 3)  # it tries
+    with pytest.raises(DeadlineExceeded):
+        client.ping(timeout=0.2)
+    proxy.refuse = False
+    slow.join(60)
+    assert not slow.is_alive()
+    client.ping()

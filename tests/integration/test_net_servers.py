@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dmrpc_net
-from dmrpc_cxl.errors import BadAddress, BadRef, BadSize, MisuseError
+from dmrpc_cxl.errors import BadAddress, BadRef, BadSize, MisuseError, RefConsumed
 from dmrpc_net import Ref
 from dmrpc_net.greeting import parse_address, show_address
 from tests.net_servers import Servers, StandingServers, serving
@@ -395,3 +395,31 @@ def test_refs_from_bytes_belong_to_the_newest_client(servers):
     assert Ref.from_bytes(wire).client is newer
     assert Ref.from_bytes(wire, older).client is older
     older.drop_ref(wire)
+
+
+def test_what_is_too_much_for_one_request_goes_in_several(servers):
+    client, data = servers.client(), os.urandom(100_001)
+    client.max_transfer = 30_000
+    address = client.ralloc(len(data) + 5)
+    client.rwrite(address + 5, data)
+    assert client.read(address + 5, len(data)) == data
+    into = bytearray(len(data))
+    client.rread(address + 5, into)
+    assert into == data
+    ref, other = client.put(data, keep=True)
+    assert client.get(ref, keep=True) == data
+    wire = ref.clone().to_bytes()
+    assert client.get(ref, offset=7, size=90_000) == data[7:90_007]
+    assert not client.ref_is_held(ref)
+    consumer = servers.client()
+    consumer.max_transfer = 30_000
+    assert consumer.get(wire) == data
+    with pytest.raises(RefConsumed):
+        consumer.get(wire)
+    assert client.get(client.put(data)) == data
+    with pytest.raises(BadSize):
+        client.pipeline().rwrite(address, data)
+    client.rfree(address)
+    client.rfree(other)
+    found = client.audit()
+    assert found["nr_ranges"] == found["nr_refs"] == 0

@@ -131,7 +131,9 @@ def test_a_program_for_memory_servers_prints_what_is_shown(block: Block, tmp_pat
     assert behind, "no block of text behind the program"
     with serving() as servers:
         program = block.text.replace('"127.0.0.1:7000"', repr(servers.addresses[0]))
-        (tmp_path / "shown.py").write_text(program.replace('"secret-file"', repr(str(servers.secret))))
+        (tmp_path / "shown.py").write_text(
+            program.replace('"secret-file"', repr(str(servers.secret)))
+        )
         assert run("shown.py", cwd=tmp_path) == behind[1]
 
 
@@ -151,7 +153,9 @@ def test_the_readme_shows_a_program_and_runs_it() -> None:
 def test_every_block_of_python_is_python(path: Path) -> None:
     for block in blocks(read(path)):
         if block.kind.startswith("python") and ">>>" not in block.text:
-            assert block.kind in ("python", "python run", "python run-net", "python run-test"), block.kind
+            assert block.kind in ("python", "python run", "python run-net", "python run-test"), (
+                block.kind
+            )
             ast.parse(block.text)
 
 
