@@ -362,17 +362,18 @@ class Client(_native.Client):
 
 
 def attach(
-    servers: str | Sequence[str],
+    servers: str | Sequence[str] | None = None,
     *,
-    secret: bytes | str | os.PathLike[str],
+    secret: bytes | str | os.PathLike[str] | None = None,
     deadline: float = 10.0,
     connect_within: float = 10.0,
 ) -> Client:
     """Become a process of one or more memory servers.
 
     Args:
-        servers: addresses, ``HOST:PORT`` or ``unix:PATH``, in the order of the servers' numbers.
-        secret: the servers' secret, or the path of the file that has it.
+        servers: addresses, ``HOST:PORT`` or ``unix:PATH``, in the order of the servers' numbers; None: those of
+            the environment variable DMRPC_MEMORY, with commas between.
+        secret: the servers' secret, or the path of the file that has it; None: that in DMRPC_MEMORY_SECRET.
         deadline: seconds that a call may take, unless it says otherwise.
         connect_within: seconds for all servers together to answer now.
 
@@ -381,6 +382,14 @@ def attach(
         AccessDenied: the secret is another.
         NoHostSlot: a server has as many clients as it takes.
     """
+    if servers is None:
+        servers = [text for text in os.environ.get("DMRPC_MEMORY", "").split(",") if text]
+        if not servers:
+            raise MisuseError(
+                "attach: which servers? DMRPC_MEMORY is not set; `dmrpc fabric run --memory-servers N` sets it"
+            )
+    if secret is None:
+        secret = os.environ.get("DMRPC_MEMORY_SECRET") or os.devnull
     texts = [servers] if isinstance(servers, str) else list(servers)
     if not texts or len(texts) > WIRE["max_servers"]:
         raise MisuseError(f"attach: 1 to {WIRE['max_servers']} servers, not {len(texts)}")

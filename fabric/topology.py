@@ -186,6 +186,8 @@ class Topology:
     max_refs: int = DEFAULT_MAX_REFS
     transport: Transport = "unix"
     log_level: str = "info"
+    memory_servers: int = 0
+    memory_size: int = DEFAULT_SIZE
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is started."""

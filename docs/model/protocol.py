@@ -44,7 +44,6 @@ from .state import (
     PROTECTED,
     PTE,
     QUIET,
-    R_HOLDER,
     R_KNOWN,
     R_STATE,
     R_SUPERSEDED,
