@@ -37,10 +37,19 @@ examples: $(VENV)/.native $(VENV)/.examples ## Run every program of examples/ wi
 bench: $(VENV)/.native $(VENV)/.bench ## Measure, and print ratios [ARGS="..." is handed on]
 	$(PY) -m benchmarks.bench $(ARGS)
 
+.PHONY: figures figures-quick figures-clusters
+FIGURES := $(VENV)/.native $(VENV)/.examples $(VENV)/.figures
+figures: $(FIGURES) ## Run the paper's experiments, write docs/results.md and its pictures; 40 minutes [ARGS="--only fig07"]
+	$(PY) -m benchmarks.figures --publish $(ARGS)
+figures-quick: $(FIGURES) ## The same with fewer points, into build/figures only; 4 minutes
+	$(PY) -m benchmarks.figures --quick $(ARGS)
+figures-clusters: $(FIGURES) $(VENV)/.ray $(VENV)/.spark ## The same as figures, beside Ray and Spark, which are installed
+	$(PY) -m benchmarks.figures --publish $(ARGS)
+
 ##@ Test
 
 .PHONY: test
-test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
+test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples $(VENV)/.figures ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: ctest asan tsan
@@ -65,8 +74,16 @@ soak: $(VENV)/.native ## Kill and stop hosts and coordinators at random while th
 	$(PY) -m tests.soak $(ARGS)
 
 .PHONY: slow
-slow: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
+slow: $(VENV)/.native $(VENV)/.test $(VENV)/.figures ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
+
+.PHONY: crash
+crash: $(VENV)/.native $(VENV)/.test ## Kill processes behind every labelled step, and account for every frame
+	$(PY) -m pytest -m crash tests/crash -o faulthandler_timeout=0 $(ARGS)
+
+.PHONY: crash-survey
+crash-survey: $(VENV)/.native $(VENV)/.test ## Write down which labels each act of that campaign passes
+	$(PY) -m tests.crash.survey
 
 ##@ Check
 
@@ -83,7 +100,7 @@ check-lint: $(VENV)/.dev ## Lint the Python
 	$(PY) -m ruff check .
 
 .PHONY: check-types
-check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test ## Check the types: mypy, strict on the packages
+check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test $(VENV)/.figures ## Check the types: mypy, strict on the packages
 	$(PY) scripts/check_types.py
 
 .PHONY: check-c
@@ -123,7 +140,7 @@ help: ## List the targets
 # ---------------------------------------------------------------- the virtual environment
 #
 #   .key <- .created <- .package <- .native
-#           .created <- .test, .dev, .examples, .bench, .fuzz the extras of setup.cfg
+#           .created <- .test, .dev, .examples, ... one for each extra of setup.cfg
 #
 # Two files are rewritten only when their content changes, so what depends on them is redone only
 # then: .key, where and for which Python the environment was made (it survives neither a move nor
@@ -168,7 +185,8 @@ $(VENV)/.native: $(VENV)/.package $(NATIVE_SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.created setup.cfg
+EXTRAS := test dev examples bench fuzz figures ray spark
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.created setup.cfg
 	@echo "Installing the $(@F:.%=%) tools"
 	@$(PY) scripts/requirements.py $(@F:.%=%) | $(INSTALL) -r /dev/stdin
 	@touch $@

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from . import (
     crash_recovery,
+    crash_survivors,
     fabric_attach,
     fabric_calls,
     fabric_copies,
@@ -41,7 +42,7 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "overwrite": fabric_copies.overwrite,
     "read": fabric_copies.read_shared,
     "attach": fabric_attach.attach,
-    "host-killed": crash_recovery.host_killed,
+    "host-killed": crash_survivors.survivors,
     "coordinator-killed": crash_recovery.coordinator_killed,
     "scrubbing": crash_recovery.scrubbing,
     "net-redis": net_redis.against_redis,

@@ -91,6 +91,7 @@ cdef extern from "csrc/layout.h" nogil:
         DM_INTENT_COW
         DM_INTENT_FILL
         DM_INTENT_RETURN
+        DM_INTENT_HOME
 
     cdef enum dm_ref_state_name "dm_ref_state":
         DM_REF_FREE

@@ -110,6 +110,7 @@ class Launcher:
                 page_size=self._topology.page_size,
                 max_hosts=self._topology.max_hosts,
                 max_refs=self._topology.max_refs,
+                numa_node=self._topology.numa_node,
             )
             try:
                 try:
@@ -314,6 +315,7 @@ class Launcher:
                 topology.log_level,
                 ",".join(self._memory.addresses),
                 str(self._memory.secret) if self._memory.addresses else "",
+                topology.latency,
             )
             for program in host.programs:
                 env = (*program.env, *place.as_environment().items())

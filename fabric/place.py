@@ -11,6 +11,7 @@ DMRPC_LOG_LEVEL     debug, info, warning or error
 DMRPC_MEMORY        addresses of memory servers, with commas between,
                     for ``dmrpc_net.attach``; may be empty
 DMRPC_MEMORY_SECRET file with their secret; may be empty
+DMRPC_LATENCY       of the device that hosts emulate, such as 265ns; empty: none
 ==================  ==================================================
 """
 
@@ -40,6 +41,7 @@ class Place:
     log_level: str
     memory: str = ""
     memory_secret: str = ""
+    latency: str = ""
 
     def as_environment(self) -> dict[str, str]:
         """Return the environment variables that say this."""
@@ -80,5 +82,11 @@ def attach(**options: Any) -> dmrpc_cxl.Host:
     """
     place = Place.of_environment()
     return dmrpc_cxl.attach(
-        place.fabric, **{"name": place.host_name, "transport": place.transport, **options}
+        place.fabric,
+        **{
+            "name": place.host_name,
+            "transport": place.transport,
+            "latency": place.latency or None,
+            **options,
+        },
     )

@@ -49,6 +49,12 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     callback=_size,
     show_default=True,
     help="Of the pool of each.",
+@click.option("--numa-node", type=int, help="Take the frames from the memory of that node.")
+@click.option(
+    "--latency",
+    default="",
+    metavar="LATENCY",
+    help="Have hosts emulate a device that slow: 265ns, +190ns.",
 )
 @click.option("--tcp", is_flag=True, help="Hosts reach the coordinator over TCP (loopback).")
 @click.option(
@@ -83,6 +89,8 @@ def run(
     page_size: str,
     memory_servers: int,
     memory_size: int,
+    numa_node: int | None,
+    latency: str,
     tcp: bool,
     log_level: str,
     timeout: float | None,
@@ -118,6 +126,8 @@ def run(
         log_level=log_level,
         memory_servers=memory_servers,
         memory_size=memory_size,
+        numa_node=numa_node,
+        latency=latency,
     )
     rules = Rules(timeout=timeout, grace=grace, keep_going=keep_going, restart=restart, keep=keep)
     sys.stdout.flush()

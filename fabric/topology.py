@@ -188,6 +188,8 @@ class Topology:
     log_level: str = "info"
     memory_servers: int = 0
     memory_size: int = DEFAULT_SIZE
+    numa_node: int | None = None  # that the frames come from
+    latency: str = ""  # that hosts emulate
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is started."""

@@ -17,6 +17,7 @@ from .state import (
     C_LEDGER,
     C_UP,
     CARGO,
+    COMING,
     COUNT,
     COUNTED,
     CUT,
@@ -175,10 +176,13 @@ def return_word(w: World, h: int) -> str:
 
 
 def add_granted(w: World, h: int, frames: int) -> None:
-    """List granted frames: those whose words agree and that are not listed yet."""
+    """List granted frames: those whose words agree and that are not listed yet.
+
+    Those that are coming home are taken in one by one: home.arrivals.
+    """
     o, b = w.hosts[h], w.b
     for frame, f in enumerate(w.frames):
-        if frames >> frame & 1 and not b[f + COUNT] and b[f + OWNER] == h:
+        if frames >> frame & 1 and not (b[f + COUNT] or b[f + COMING]) and b[f + OWNER] == h:
             b[o + FREE_LIST] |= 1 << frame
 
 

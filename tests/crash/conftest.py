@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,13 @@ from tests.crash.stage import Stage, Stages
 from tests.crash.tally import Tally
 
 TALLY = pytest.StashKey[Tally]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of it is the campaign's: `make crash`."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.crash)
 
 
 def pytest_configure(config: pytest.Config) -> None:

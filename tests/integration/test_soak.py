@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ SECONDS = 280  # pytest's own limit is 300
 
 
 def test_hosts_and_coordinators_killed_and_stopped_at_random_lose_nothing_of_others() -> None:
-    seed = random.randrange(2**32)
+    seed = 2026  # `make soak` takes another each time
     done = subprocess.run(
         [sys.executable, "-m", "tests.soak", "--seed", str(seed), "--kills", str(KILLS)],
         cwd=Path(__file__).parents[2],
