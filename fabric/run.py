@@ -49,6 +49,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     callback=_size,
     show_default=True,
     help="Of the pool of each.",
+)
 @click.option("--numa-node", type=int, help="Take the frames from the memory of that node.")
 @click.option(
     "--latency",
