@@ -128,7 +128,7 @@ build: $(VENV)/.native ## Make .venv with the package in it, and the native modu
 .PHONY: clean
 clean: ## Remove all that make made, the virtual environment included
 	rm -rf $(VENV) $(BUILD) dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f dmrpc_cxl/_native*.so
+	rm -f dmrpc_cxl/_native*.so dmrpc_net/_native*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help
@@ -150,7 +150,8 @@ EXAMPLES = $(sort $(subst /,.,$(basename $(patsubst %/__main__.py,%,\
 	$(wildcard examples/[a-z]*.py examples/[a-z]*/__main__.py)))))
 PACKAGES = $(patsubst %/__init__.py,%,$(wildcard dmrpc_cxl/__init__.py dmrpc_net/__init__.py \
 	coordinator/__init__.py fabric/__init__.py pyuserfaultfd/__init__.py))
-NATIVE_SOURCES = $(wildcard dmrpc_cxl/*.pyx dmrpc_cxl/*.pxd dmrpc_cxl/*.pxi dmrpc_cxl/csrc/*.[ch])
+NATIVE_SOURCES = $(wildcard $(foreach package,dmrpc_cxl dmrpc_net,\
+	$(package)/*.pyx $(package)/*.pxd $(package)/*.pxi $(package)/csrc/*.[ch]))
 
 .PHONY: FORCE
 FORCE:
@@ -192,16 +193,18 @@ $(EXTRAS:%=$(VENV)/.%): $(VENV)/.created setup.cfg
 
 # ---------------------------------------------------------------- C unit tests
 #
-# Each variant compiles all of csrc into one library below build/c/VARIANT, and links each
-# tests/c/test_*.c with the other files of tests/c and those objects of the library that it calls for.
+# Each variant compiles all of both csrc folders into one library below build/c/VARIANT, and links
+# each tests/c/test_*.c with the other files of tests/c and those objects of the library that it calls
+# for. So no two files of the folders have the same name.
 
-C_FILES = $(wildcard dmrpc_cxl/csrc/*.[ch] tests/c/*.[ch])
-C_SOURCES = $(wildcard dmrpc_cxl/csrc/*.c)
+C_FOLDERS := dmrpc_cxl/csrc dmrpc_net/csrc
+C_FILES = $(wildcard $(C_FOLDERS:%=%/*.[ch]) tests/c/*.[ch])
+C_SOURCES = $(wildcard $(C_FOLDERS:%=%/*.c))
 C_TESTS = $(sort $(wildcard tests/c/test_*.c))
 C_SHARED = $(filter-out tests/c/test_%,$(wildcard tests/c/*.c))
 
 C_WARNINGS := -Wall -Wextra
-C_FLAGS := -std=gnu11 -g $(C_WARNINGS) -fvisibility=hidden -pthread -Idmrpc_cxl/csrc -Itests/c
+C_FLAGS := -std=gnu11 -g $(C_WARNINGS) -fvisibility=hidden -pthread $(C_FOLDERS:%=-I%) -Itests/c
 C_FLAGS_plain := -O2
 C_FLAGS_strict := -O2 -Werror
 C_FLAGS_asan := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -217,7 +220,7 @@ $(BUILD)/c/$(1)/%.o: %.c Makefile
 	@$$(CC) $(C_FLAGS) $(C_FLAGS_$(1)) $$(CFLAGS) -MMD -MP -c -o $$@ $$<
 
 # The folder: its time changes when a file goes, whose object then has to go as well.
-$(BUILD)/c/$(1)/libdmrpc.a: $(call c_objects,$(1),$(C_SOURCES)) dmrpc_cxl/csrc
+$(BUILD)/c/$(1)/libdmrpc.a: $(call c_objects,$(1),$(C_SOURCES)) $(C_FOLDERS)
 	@mkdir -p $$(@D)
 	@rm -f $$@
 	@ar rcs $$@ $$(filter %.o,$$^)

@@ -1,4 +1,4 @@
-"""The bars of the fabric and of the RPC layer: `make bench` prints each with what was measured, and writes JSON.
+"""The bars of the fabric, of memory servers and of the RPC layer: `make bench` prints each with what was measured, and writes JSON.
 
 Every figure is a ratio of medians taken in one run, the two sides in alternation. A bar that is missed is printed as
 missed. `python -m benchmarks.bench --only copy --json FILE`.
@@ -24,6 +24,9 @@ from . import (
     fabric_calls,
     fabric_copies,
     machine,
+    net_create_ref,
+    net_redis,
+    net_translation,
     rpc_chain,
     rpc_forwarder,
     rpc_large,
@@ -42,6 +45,9 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "host-killed": crash_survivors.survivors,
     "coordinator-killed": crash_recovery.coordinator_killed,
     "scrubbing": crash_recovery.scrubbing,
+    "net-redis": net_redis.against_redis,
+    "net-create-ref": net_create_ref.create_ref,
+    "net-translation": net_translation.translation,
     "rpc-latency": rpc_latency.latency,
     "rpc-hops": rpc_chain.hops,
     "rpc-value": rpc_chain.against_value,

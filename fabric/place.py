@@ -8,6 +8,9 @@ DMRPC_NR_HOSTS      number of hosts
 DMRPC_TRANSPORT     how to reach the coordinator: unix or tcp
 DMRPC_RUNTIME_DIR   folder for sockets, removed when the run is over
 DMRPC_LOG_LEVEL     debug, info, warning or error
+DMRPC_MEMORY        addresses of memory servers, with commas between,
+                    for ``dmrpc_net.attach``; may be empty
+DMRPC_MEMORY_SECRET file with their secret; may be empty
 DMRPC_LATENCY       of the device that hosts emulate, such as 265ns; empty: none
 ==================  ==================================================
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import dmrpc_cxl
@@ -36,6 +39,8 @@ class Place:
     transport: str
     runtime_dir: str
     log_level: str
+    memory: str = ""
+    memory_secret: str = ""
     latency: str = ""
 
     def as_environment(self) -> dict[str, str]:
@@ -55,13 +60,12 @@ class Place:
             text = {
                 field.name: environ[_PREFIX + field.name.upper()]
                 for field in fields(cls)
-                if field.name != "latency"
+                if field.default is MISSING or _PREFIX + field.name.upper() in environ
             }
         except KeyError as error:
             raise MisuseError(
                 f"{error.args[0]} is not set: start this program with `dmrpc fabric run --program ...`"
             ) from None
-        text["latency"] = environ.get(_PREFIX + "LATENCY", "")
         index, number = int(text.pop("host_index")), int(text.pop("nr_hosts"))
         return cls(host_index=index, nr_hosts=number, **text)
 
