@@ -52,6 +52,45 @@ void dm_crash_pass(int label) {
         kill(getpid(), SIGKILL); /* no instruction of any thread comes after it */
 }
 
+#if defined(__x86_64__)
+/* dm_crash_pass of what lies on the stack, and every register as before: see DM_CRASH_CALL. */
+__asm__(".text\n"
+        ".hidden dm_crash_pass_preserving\n"
+        ".globl dm_crash_pass_preserving\n"
+        ".type dm_crash_pass_preserving, @function\n"
+        "dm_crash_pass_preserving:\n"
+        "    pushq %rbp\n"
+        "    movq %rsp, %rbp\n"
+        "    pushq %rax\n"
+        "    pushq %rcx\n"
+        "    pushq %rdx\n"
+        "    pushq %rsi\n"
+        "    pushq %rdi\n"
+        "    pushq %r8\n"
+        "    pushq %r9\n"
+        "    pushq %r10\n"
+        "    pushq %r11\n"
+        "    movq 16(%rbp), %rdi\n"
+        "    andq $-16, %rsp\n"
+        "    subq $512, %rsp\n"
+        "    fxsave (%rsp)\n"
+        "    call dm_crash_pass\n"
+        "    fxrstor (%rsp)\n"
+        "    leaq -72(%rbp), %rsp\n"
+        "    popq %r11\n"
+        "    popq %r10\n"
+        "    popq %r9\n"
+        "    popq %r8\n"
+        "    popq %rdi\n"
+        "    popq %rsi\n"
+        "    popq %rdx\n"
+        "    popq %rcx\n"
+        "    popq %rax\n"
+        "    popq %rbp\n"
+        "    ret\n"
+        ".size dm_crash_pass_preserving, . - dm_crash_pass_preserving\n");
+#endif
+
 static int map_record(const char *path, struct dm_crash_record **out) {
     int fd = open(path, O_RDWR | O_CLOEXEC);
     if (fd < 0)

@@ -215,13 +215,29 @@ extern bool dm_crash_armed __attribute__((visibility("hidden")));
 #else
 #define DM_CRASH_IS_ARMED __builtin_expect(dm_crash_armed, 0)
 #endif
+/*
+ * A call that is never made makes the code around it slower all the same: what lives across it has to be kept in registers
+ * that calls preserve. So this one preserves all, where we know how. 128: the red zone, where leaf functions keep things.
+ */
+#if defined(__x86_64__)
+#define DM_CRASH_CALL(label)                                                                       \
+    __asm__ volatile("leaq -128(%%rsp), %%rsp\n\t"                                                 \
+                     "pushq %0\n\t"                                                                \
+                     "call dm_crash_pass_preserving\n\t"                                           \
+                     "leaq 136(%%rsp), %%rsp"                                                      \
+                     :                                                                             \
+                     : "i"((long)(label))                                                          \
+                     : "memory", "cc")
+#else
+#define DM_CRASH_CALL(label) dm_crash_pass(label)
+#endif
 #define DM_CRASH_POINT(label)                                                                      \
     do {                                                                                           \
         if (DM_CRASH_IS_ARMED)                                                                     \
-            dm_crash_pass(DM_CRASH_##label);                                                       \
+            DM_CRASH_CALL(DM_CRASH_##label);                                                       \
     } while (0)
 
-void dm_crash_pass(int label) __attribute__((cold));
+void dm_crash_pass(int label) __attribute__((cold, visibility("hidden"), used));
 int dm_crash_label(const char *name);
 int dm_crash_arm(int label, uint64_t pass, const char *record);
 void dm_crash_read_environment(void);
