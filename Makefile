@@ -64,6 +64,14 @@ fuzz-rpc: $(VENV)/.native $(VENV)/.fuzz ## Look for bytes that the RPC layer stu
 soak: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
+.PHONY: crash
+crash: $(VENV)/.native $(VENV)/.test ## Kill somebody at every labelled step, in every act that passes it [ARGS="-k callee"]
+	$(PY) -m pytest tests/crash -m "crash or not crash" -o faulthandler_timeout=0 $(ARGS)
+
+.PHONY: crash-survey
+crash-survey: $(VENV)/.native $(VENV)/.test ## Write down which labels the acts of tests/crash pass, after a change of either
+	$(PY) -m tests.crash.survey
+
 ##@ Check
 
 .PHONY: check
@@ -173,7 +181,7 @@ $(VENV)/.test $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench $(VENV)/.fuzz: $(VEN
 # Each variant compiles all of csrc into one library below build/c/VARIANT, and links each
 # tests/c/test_*.c with the other files of tests/c and those objects of the library that it calls for.
 
-C_FILES = $(wildcard dmrpc_cxl/csrc/*.[ch] tests/c/*.[ch])
+C_FILES = $(wildcard dmrpc_cxl/csrc/*.[ch] tests/c/*.[ch] benchmarks/*.[ch])
 C_SOURCES = $(wildcard dmrpc_cxl/csrc/*.c)
 C_TESTS = $(sort $(wildcard tests/c/test_*.c))
 C_SHARED = $(filter-out tests/c/test_%,$(wildcard tests/c/*.c))

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import (
+    crash_points,
     crash_recovery,
     fabric_attach,
     fabric_calls,
@@ -41,6 +42,7 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "host-killed": crash_recovery.host_killed,
     "coordinator-killed": crash_recovery.coordinator_killed,
     "scrubbing": crash_recovery.scrubbing,
+    "crash-points": crash_points.cost,
     "rpc-latency": rpc_latency.latency,
     "rpc-hops": rpc_chain.hops,
     "rpc-value": rpc_chain.against_value,

@@ -40,7 +40,9 @@ class Act:
     """In the keeper."""
     occasion: Occasion = lambda stage: nullcontext()
     """What has to be so meanwhile."""
-    meddle: Callable[[Stage, Host], AbstractContextManager[Any]] = lambda stage, victim: nullcontext()
+    meddle: Callable[[Stage, Host], AbstractContextManager[Any]] = lambda stage, victim: (
+        nullcontext()
+    )
     """What has to be so from the moment that the victim is prepared."""
     options: tuple[tuple[str, Any], ...] = ()
     """Of attach, in the victim."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -196,7 +195,6 @@ def scrubs(stage: Stage) -> Steps:
     yield
     with stage.client() as client:
         client.check(repair=True, timeout=30.0)
-
 
 
 def spoil(stage: Stage, *, service: bool = False) -> None:

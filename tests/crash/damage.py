@@ -1,4 +1,4 @@
-"""Damage done to a device by hand: what the scrubber is for. Each returns after its change."""
+"""Damage done to a device by hand, behind the back of hosts that are at rest: what the scrubber is for."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def set_count(fabric: str, pfn: int, count: int) -> None:
     with devices.open(fabric, writable=False) as device:
         offset = device.superblock["frame_table_off"] + 8 * pfn
     _change(fabric, offset, 0xFFFFFFFF, count)
+
+
+def add_to_count(fabric: str, pfn: int, number: int) -> None:
+    set_count(fabric, pfn, count_of(fabric, pfn) + number)
 
 
 def set_owner(fabric: str, pfn: int, owner: int) -> None:

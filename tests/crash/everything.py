@@ -1,6 +1,6 @@
 """Imported by the nursery before it forks: see processes.py."""
 
-import dmrpc_cxl  # noqa: F401
+import dmrpc_cxl
 import dmrpc_cxl.rpc  # noqa: F401
 import tests.crash.call_acts
 import tests.crash.host_acts

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import struct
 from collections.abc import Iterator
 from typing import Any
 
 from dmrpc_cxl import Ref
 from dmrpc_cxl.errors import BadSize, OutOfFrames, TooManyRefs
 from dmrpc_cxl.fabric import device as devices
-from tests.crash import keeper
+from tests.crash import damage, keeper
 from tests.crash.acts import Act
 from tests.crash.keeper import PAGE, PAGES, filled, in_pieces, moved
 from tests.crash.processes import Host
@@ -42,37 +41,26 @@ def no_frames(stage: Stage) -> Iterator[None]:
 def as_many_counts_as_there_can_be(stage: Stage, victim: Host) -> Iterator[None]:
     """Raise the refcount of a frame that keeper and victim share, behind everybody's back, until all is reclaimed."""
     pfn = victim.call(fourth_frame)
-    raised = MOST_COUNTS - stage_count(stage, pfn)
-    add_counts(stage, pfn, raised)
+    raised = MOST_COUNTS - damage.count_of(stage.name, pfn)
+    damage.add_to_count(stage.name, pfn, raised)
     try:
         yield
         stage.wait_until_reclaimed()
     finally:
-        add_counts(stage, pfn, -raised)
-
-
-def stage_count(stage: Stage, pfn: int) -> int:
-    with devices.open(stage.name, writable=False) as device:
-        return int(device.frame(pfn)[0])
-
-
-def add_counts(stage: Stage, pfn: int, number: int) -> None:
-    with devices.open(stage.name, writable=False) as device:
-        offset = device.superblock["frame_table_off"] + 8 * pfn
-    with open(devices.path_of(stage.name), "r+b") as file:
-        file.seek(offset)
-        (word,) = struct.unpack("<Q", file.read(8))
-        file.seek(offset)
-        file.write(struct.pack("<Q", word + number))
+        damage.add_to_count(stage.name, pfn, -raised)
 
 
 def fourth_frame(at: At) -> int:
     """Return the frame of the fourth page that has one, of all that this host maps or holds."""
     with devices.open(at.host.fabric, writable=False) as device:
         mapped, held = device.holdings()
-    frames = [first + i for host, _, first, count in mapped if host == at.host.id for i in range(count)]
+    frames = [
+        first + i for host, _, first, count in mapped if host == at.host.id for i in range(count)
+    ]
     if not frames:
-        frames = [first + i for _, host, first, count in held if host == at.host.id for i in range(count)]
+        frames = [
+            first + i for _, host, first, count in held if host == at.host.id for i in range(count)
+        ]
     return frames[3]
 
 
@@ -245,7 +233,9 @@ def store_to_a_hole(at: At) -> None:
 ACTS: list[Act] = []
 
 
-def _act(role: str, name: str, operate: Any, prepare: Any = None, *offers: str, **more: Any) -> None:
+def _act(
+    role: str, name: str, operate: Any, prepare: Any = None, *offers: str, **more: Any
+) -> None:
     ACTS.append(Act(role, name, operate, prepare, offers, **more))
 
 

@@ -18,7 +18,9 @@ from tests.standing import take_all_frames
 
 PAGE = 4096
 PAGES = 8  # of most things here: what one fault of several pages copies
-SCATTERED = 24  # pages of the long Ref, every other one with a frame: more runs than fit in its entry
+SCATTERED = (
+    24  # pages of the long Ref, every other one with a frame: more runs than fit in its entry
+)
 
 
 def pattern(nbytes: int, salt: int) -> np.ndarray:
@@ -65,7 +67,8 @@ def settle_in(at: At) -> None:
 
 def offer(at: At, kinds: tuple[str, ...]) -> list[bytes]:
     """Make Refs for the victim: "shared" to what is kept here, "exclusive" and "pieces" to what nobody else has,
-    "long" to the same frames as ours."""
+    "long" to the same frames as ours.
+    """
     wires = []
     for number, kind in enumerate(kinds):
         if kind == "shared":

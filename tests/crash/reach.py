@@ -61,7 +61,9 @@ def _jobs() -> Iterator[Job]:
     yield Job("repairer", "repairs what is deserted", recovery_acts.run_repair_of_the_deserted)
 
 
-def _swapped(run: Callable[..., dict[str, int]], act: Any, stage: Stage, *where: Any) -> dict[str, int]:
+def _swapped(
+    run: Callable[..., dict[str, int]], act: Any, stage: Stage, *where: Any
+) -> dict[str, int]:
     return run(stage, act, *where)
 
 

@@ -82,9 +82,7 @@ def run_start(stage: Stage, act: StartAct, label: str = "none", n: int = 1) -> d
     with stage.deaths(2 + int(dies)):
         steps = act.steps(stage)
         next(steps)
-        coordinator = stage.fabric.launch(
-            *act.args, environment=stage.record.environment(label, n)
-        )
+        coordinator = stage.fabric.launch(*act.args, environment=stage.record.environment(label, n))
         if dies:
             code = coordinator.wait()
             assert code == -signal.SIGKILL, f"it ended with {code}"

@@ -126,7 +126,9 @@ class Stage:
         def kept() -> int:
             folder = Path(f"/proc/{pid}/fd")
             return sum(
-                "userfaultfd" in str(link.readlink()) for link in folder.iterdir() if link.is_symlink()
+                "userfaultfd" in str(link.readlink())
+                for link in folder.iterdir()
+                if link.is_symlink()
             )
 
         until(lambda: kept() >= living)

@@ -39,7 +39,9 @@ def test_every_label_is_hit_by_some_role() -> None:
 
 def test_every_role_reaches_every_label_or_has_a_reason_not_to() -> None:
     silent = [
-        f"{role}: {label}" for role, label in reach.unreached(REACH) if not excuses.excuse(role, label)
+        f"{role}: {label}"
+        for role, label in reach.unreached(REACH)
+        if not excuses.excuse(role, label)
     ]
     assert silent == []
 

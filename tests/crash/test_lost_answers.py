@@ -107,7 +107,9 @@ def test_frames_whose_return_was_not_answered_are_counted_once(
 
 
 @TRANSPORTS
-@pytest.mark.parametrize("label", ["host_entered", "host_active", "register_unanswered", "guard_kept"])
+@pytest.mark.parametrize(
+    "label", ["host_entered", "host_active", "register_unanswered", "guard_kept"]
+)
 def test_a_host_that_was_admitted_and_not_answered_is_admitted_once(
     stage: Stage, label: str, transport: str
 ) -> None:
