@@ -60,6 +60,8 @@ class LiveHost:
         self.retirement: asyncio.Task[None] | None = None
         self.not_asked_before = 0.0
         self.owes_answer_until = 0.0
+        self.asked_for_all = False
+        """The last recall left it nothing to keep."""
 
     def __str__(self) -> str:
         pid = f", pid {self.process.pid}" if self.process else ""
@@ -357,7 +359,10 @@ class Hosts:
             self.when_replaced()  # its end is the successor's business
         elif host.account.alive:
             host.notify(MsgType.NOTIFY_FENCED)  # for whoever else holds the connection
-            self._retire(host, "died")
+            try:
+                self._retire(host, "died")
+            except CoordinatorReplaced:  # at this moment
+                self.when_replaced()
         self._let_go(host)
 
     def _retire(self, host: LiveHost, why: str) -> asyncio.Task[None]:
@@ -383,17 +388,17 @@ class Hosts:
                     self._behind, self._device.reclaim_host, account.host
                 )
                 found = await self._frames.look_for_lost()
+            if account.host in self._left_dead:
+                await self._predecessor_ended()
+            crash_point("host_reclaimed")
+            self._device.set_host_state(account.host, DEAD, FREE)
+            crash_point("host_forgotten")
         except CoordinatorReplaced:
             self.when_replaced()
         except DmError:
             # The slot stays DEAD, nothing of it is given away. The next coordinator tries again.
             log.exception("%s could not be reclaimed; its slot and frames stay as they are", host)
         else:
-            if account.host in self._left_dead:
-                await self._predecessor_ended()
-            crash_point("host_reclaimed")
-            self._device.set_host_state(account.host, DEAD, FREE)
-            crash_point("host_forgotten")
             self._ledger.release(account.host)
             del self._hosts[account.host]
             seconds = self._loop.time() - began
@@ -411,12 +416,16 @@ class Hosts:
             self._changes.announce()
 
     async def _predecessor_ended(self) -> None:
-        """Wait until a coordinator that was replaced is gone.
+        """Wait until a coordinator that was replaced is gone, or this one is replaced itself.
 
         It may have been stopped in the midst of reclaiming a host. Its next store, before it notices, is to that
         host's tables; so nobody gets these before.
         """
-        while self.predecessor is not None and is_alive(*self.predecessor):
+        while (
+            self.predecessor is not None
+            and self._device.epoch == self.epoch
+            and is_alive(*self.predecessor)
+        ):
             await asyncio.sleep(PREDECESSOR_SECONDS)
 
     def _let_go(self, host: LiveHost) -> None:

@@ -137,7 +137,7 @@ class Recall(NamedTuple):
     """struct dm_msg_recall."""
 
     want: int
-    reserved: int = 0
+    keep: int = 0
 
 
 # ---------------------------------------------------------------- codecs
@@ -190,8 +190,15 @@ def _encode_runs(runs: Any) -> bytes:
         payload = b"".join(RUN.pack(pfn, count) for pfn, count in runs)
     except (struct.error, TypeError, ValueError) as error:
         raise LocalProtocolError(f"cannot send these runs: {error}") from None
-    if not RUN.size <= len(payload) <= MAX_PAYLOAD:
-        raise LocalProtocolError(f"a message has 1 to {MAX_PAYLOAD // RUN.size} runs")
+    if len(payload) > MAX_PAYLOAD:
+        raise LocalProtocolError(f"a message has {MAX_PAYLOAD // RUN.size} runs at most")
+    return payload
+
+
+def _encode_some_runs(runs: Any) -> bytes:
+    payload = _encode_runs(runs)
+    if not payload:
+        raise LocalProtocolError("this message has one run at least")
     return payload
 
 
@@ -233,7 +240,8 @@ def _encode_nothing(value: Any) -> bytes:
 
 EMPTY = Codec(0, 0, 1, _encode_nothing, lambda payload: None)
 JSON = Codec(2, MAX_PAYLOAD, 1, _encode_json, _decode_json)
-RUNS = Codec(RUN.size, MAX_PAYLOAD, RUN.size, _encode_runs, _decode_runs)
+RUNS = Codec(0, MAX_PAYLOAD, RUN.size, _encode_runs, _decode_runs)
+SOME_RUNS = Codec(RUN.size, MAX_PAYLOAD, RUN.size, _encode_some_runs, _decode_runs)
 HELLO = _fixed("hello", Hello)
 HELLO_REPLY = _fixed("hello_reply", HelloReply)
 REGISTER = _fixed("register", Register)
@@ -269,7 +277,7 @@ REPLIES: Mapping[MsgType, Codec] = {
     MsgType.REGISTER: REGISTERED,
     MsgType.REJOIN: REGISTERED,
     MsgType.GUARD: EMPTY,
-    MsgType.GRANT: RUNS,
+    MsgType.GRANT: SOME_RUNS,
     MsgType.RETURN: EMPTY,
     MsgType.LEAVE: EMPTY,
 }

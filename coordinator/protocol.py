@@ -186,7 +186,8 @@ class _Side:
             raise Malformed("this is not the coordinator's protocol")
         if header.version != VERSION:
             raise Malformed(
-                f"protocol version {header.version}, here it is {VERSION}",
+                f"version {header.version} of the coordinator's protocol, here it is {VERSION}: "
+                "the coordinator and all hosts have to run the same release",
                 Status.VERSION_MISMATCH,
                 header,
             )

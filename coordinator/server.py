@@ -282,7 +282,7 @@ class Server:
         for listener in self._listeners:
             listener.close()
         self._locked.device.stop_coordinator(self._epoch)
-        self._changes.announce()  # whoever waits is told that it is of no use
+        self._changes.end()  # whoever waits is told that it is of no use
         connections = list(self._connections)
         if connections:
             await asyncio.wait(

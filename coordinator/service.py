@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dmrpc_cxl._native import LAYOUT, Device
-from dmrpc_cxl.errors import RemoteProtocolError
+from dmrpc_cxl.errors import DmError, RemoteProtocolError
 
 from .connection import Connection
 from .directory import Directory
@@ -97,17 +97,31 @@ class Service:
             DmError: the request is refused; refusals.status_of says how.
         """
         self.requests[request.type.name] += 1
-        if self._parts.device.epoch != self.epoch:  # what we know may be wrong by now
-            self._give_way()
-            self.stopping = True
-        if self.stopping:
-            # Hosts take a refusal for the last word, but wait for the next coordinator when this
-            # one hangs up.
-            connection.close()
-            raise Refused(Status.SHUTTING_DOWN, "the coordinator is shutting down")
-        if request.type in NEEDS_HOST:
-            self._parts.hosts.of(connection)  # refuses
-        return await self._answers[request.type](connection, request.body)
+        if self._replaced() or self.stopping:
+            raise self._hang_up(connection)
+        try:
+            if request.type in NEEDS_HOST:
+                self._parts.hosts.of(connection)  # refuses
+            return await self._answers[request.type](connection, request.body)
+        except DmError as error:
+            # Meanwhile: the successor may know better. Those who WAIT are tools, and want to be told.
+            if (self._replaced() or self.stopping) and request.type is not MsgType.WAIT:
+                raise self._hang_up(connection) from error
+            raise
+
+    def _replaced(self) -> bool:
+        """Tell whether another coordinator has taken over: what we know may be wrong by now."""
+        if self._parts.device.epoch == self.epoch:
+            return False
+        self._give_way()
+        self.stopping = True
+        return True
+
+    @staticmethod
+    def _hang_up(connection: Connection) -> Refused:
+        """End a connection: hosts take a refusal for the last word, but then wait for the next coordinator."""
+        connection.close()
+        return Refused(Status.SHUTTING_DOWN, "the coordinator is shutting down")
 
     async def refuse(self, connection: Connection, request: Request) -> Any:
         """Serve a connection too many: its HELLO is refused, which ends it."""

@@ -53,6 +53,8 @@ class Supply:
             OverQuota: the host holds as many frames as it may.
             HostFenced: the host left or died meanwhile.
             PeerError: the connection ended meanwhile; nothing was granted.
+
+        A coordinator that stops waits for nothing: what is raised then is not the last word.
         """
         want, min_run = max(ask.want, ask.min_run), max(ask.min_run, 1)
         if want < 1:
@@ -93,8 +95,12 @@ class Supply:
                     deadline = loop.time() + self._recall_seconds
                     if await self._hosts.find_lost_frames():
                         continue
-                awaited = self._recall(host, want, min_run) or self._hosts.reclaiming
-                if not awaited or loop.time() >= deadline:
+                awaited = (
+                    self._recall(host, want, min_run)
+                    or self._recall(host, want, min_run, everything=True)
+                    or self._hosts.reclaiming
+                )
+                if not awaited or loop.time() >= deadline or self._changes.over:
                     raise
             await self._changes.next(connection, deadline - loop.time())
 
@@ -105,31 +111,39 @@ class Supply:
             RemoteProtocolError: they cannot be frames of the device.
         """
         host.owes_answer_until = 0.0
-        host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
+        if runs or not host.asked_for_all:
+            host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
         self._frames.take_back(host.account, runs)
         crash_point("return_counted")
         self._changes.announce()
 
-    def _recall(self, short: LiveHost, want: int, min_run: int) -> bool:
+    def _recall(
+        self, short: LiveHost, want: int, min_run: int, *, everything: bool = False
+    ) -> bool:
         """Ask hosts that sit on free frames for `want`; for a long run, for all they have.
 
-        A host that has not answered is asked once in `recall_seconds`. Returns whether some host has been asked and not
-        answered.
+        What a host wants to keep ready, its low watermark, is left to it, unless `everything` is asked for. A host that
+        has not answered, or has nothing to give, is asked once in `recall_seconds`. Returns whether some host has been
+        asked and not answered.
         """
         now = asyncio.get_running_loop().time()
         idle: list[tuple[int, LiveHost]] = []
         for host in self._hosts:
             if host is not short and host.account.alive and now >= host.not_asked_before:
                 entry = self._device.host(host.account.host)
-                spare = entry["nr_free"] - entry["nr_reserved"]
+                keep = 0 if everything else host.account.watermarks.low
+                free = entry["nr_free"] + entry["nr_coming_home"]
+                spare = free - max(entry["nr_reserved"], keep)
                 if spare > 0:
                     idle.append((spare, host))
         for spare, host in sorted(idle, key=lambda found: -found[0]):
             if want <= 0:
                 break
             ask = spare if min_run > 1 else min(spare, want)
-            if host.notify(MsgType.NOTIFY_RECALL, Recall(ask)):
+            keep = 0 if everything else host.account.watermarks.low
+            if host.notify(MsgType.NOTIFY_RECALL, Recall(ask, keep)):
                 self.recalls += 1
+                host.asked_for_all = everything
                 host.not_asked_before = host.owes_answer_until = now + self._recall_seconds
                 want -= 0 if min_run > 1 else ask
                 log.info("asked host %d for %d free frames", host.account.host, ask)

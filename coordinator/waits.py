@@ -12,12 +12,19 @@ class Changes:
 
     def __init__(self) -> None:
         """Begin with nobody waiting."""
+        self.over = False
+        """Nothing comes any more: the coordinator stops."""
         self._event = asyncio.Event()
 
     def announce(self) -> None:
         """Wake everybody who waits now, in the order of their coming."""
         event, self._event = self._event, asyncio.Event()
         event.set()
+
+    def end(self) -> None:
+        """Announce for the last time."""
+        self.over = True
+        self.announce()
 
     async def next(self, connection: Connection, seconds: float) -> None:
         """Wait for the next announcement, the end of the connection, or so long."""

@@ -25,7 +25,18 @@ from .errors import DmError
 
 if TYPE_CHECKING:
     from ._native import Buffer, Ref
-    from .rpc import Call, CallFuture, Forwarder, Host, Server, current_call, move
+    from .rpc import (
+        Call,
+        CallFuture,
+        Forwarder,
+        Host,
+        Passing,
+        Server,
+        current_call,
+        first_done,
+        move,
+        pass_on,
+    )
 
     attach = Host.attach
 
@@ -36,12 +47,15 @@ __all__ = [
     "DmError",
     "Forwarder",
     "Host",
+    "Passing",
     "Ref",
     "Server",
     "__version__",
     "attach",
     "current_call",
+    "first_done",
     "move",
+    "pass_on",
 ]
 __version__ = importlib.metadata.version("dmrpc")
 

@@ -142,7 +142,7 @@ cdef dict _structs():
         ]),
         "recall": _packing(sizeof(dm_msg_recall), [
             ("want", <size_t>&recall.want, sizeof(recall.want), False),
-            ("reserved", <size_t>&recall.reserved, sizeof(recall.reserved), False),
+            ("keep", <size_t>&recall.keep, sizeof(recall.keep), False),
         ]),
         "run": _packing(sizeof(dm_run), [
             ("pfn", <size_t>&run.pfn, sizeof(run.pfn), False),
@@ -280,6 +280,7 @@ cdef dict _host_fields(uint32_t host, dm_host_entry *entry):
         "incarnation": entry.incarnation,
         "heartbeat_ns": entry.heartbeat_ns,
         "nr_free": entry.nr_free,
+        "nr_coming_home": entry.homecoming.nr_frames,
         "nr_reserved": entry.nr_reserved,
         "vm_pieces": entry.vm_pieces,
         "frame_limit": entry.frame_limit,

@@ -81,7 +81,7 @@ cdef extern from "dm.h" nogil:
     int dm_move_ref(dm_host *h, uint32_t id, bint may_block, dm_ref_wire *out, dm_error *e)
     int dm_ref_check(dm_host *h, const dm_ref_wire *w, uint32_t *index, uint64_t *word, dm_error *e)
     int dm_ref_wire_check(const dm_ref_wire *w, uint64_t fabric_id, dm_error *e)
-    int dm_ref_accept(dm_host *h, dm_ref_wire *w, dm_error *e)
+    int dm_ref_accept(dm_host *h, dm_ref_wire *w, bint anew, dm_error *e)
     int dm_ref_clone(dm_host *h, dm_ref_wire *source, bint may_block, dm_ref_wire *out, dm_error *e)
     int dm_ref_drop(dm_host *h, const dm_ref_wire *w, dm_error *e)
     bint dm_ref_held(dm_host *h, const void *bytes)

@@ -131,10 +131,14 @@ cdef class Ref:
     def __reduce__(self):
         return (Ref.from_bytes, (self.to_bytes(),))
 
-    def accept(self):
+    def accept(self, *, bint anew=False):
         """Become the holder: from now on the Ref survives its creator, and the bytes it came in are stale.
 
         Idempotent. Mapping and cloning accept by themselves.
+
+        Args:
+            anew: even if this host holds the Ref already. Otherwise bytes of a Ref that come back to its holder stay
+                good, and whoever sent them, in this very process, may still drop it.
 
         Raises:
             RefConsumed: another holder was faster, or the holder is gone.
@@ -144,11 +148,11 @@ cdef class Ref:
         cdef dm_host *h = self.host.enter("accept")
         if self.spent:
             raise _errors.RefConsumed("accept: this Ref was mapped or dropped before")
-        if self.ours and not self.exported:
+        if self.ours and not self.exported and not anew:
             return self
         self.host.users += 1
         with nogil:
-            s = _retry_accept(h, &self.w, &err)
+            s = _retry_accept(h, &self.w, anew, &err)
         self.host.users -= 1
         raise_status(s, &err, "accept")
         self.ours = True
@@ -237,12 +241,12 @@ cdef bint _still_busy(int s, dm_host *h, uint64_t *give_up) noexcept nogil:
     return dm_now_ns() < give_up[0]
 
 
-cdef int _retry_accept(dm_host *h, dm_ref_wire *w, dm_error *err) noexcept nogil:
+cdef int _retry_accept(dm_host *h, dm_ref_wire *w, bint anew, dm_error *err) noexcept nogil:
     cdef uint64_t give_up = 0
     cdef int s
     while True:
         dm_lock(h)
-        s = dm_ref_accept(h, w, err)
+        s = dm_ref_accept(h, w, anew, err)
         dm_unlock(h)
         if not _still_busy(s, h, &give_up):
             return DM_ERR_DEADLINE if s == DM_REF_BUSY else s

@@ -135,6 +135,9 @@ cdef extern from "csrc/layout.h" nogil:
         uint64_t old
         uint64_t died_in
 
+    cdef struct dm_homecoming:
+        uint32_t nr_frames
+
     cdef struct dm_host_entry:
         uint32_t state
         uint32_t pid
@@ -149,6 +152,7 @@ cdef extern from "csrc/layout.h" nogil:
         uint64_t activity
         dm_intent intent
         char name[64]
+        dm_homecoming homecoming
         uint64_t counters[96]
 
     cdef struct dm_run:
@@ -273,7 +277,7 @@ cdef extern from "csrc/wire.h" nogil:
 
     cdef struct dm_msg_recall:
         uint32_t want
-        uint32_t reserved
+        uint32_t keep
 
 
 cdef extern from "csrc/device.h" nogil:

@@ -193,7 +193,7 @@ class Ref:
     def to_bytes(self) -> bytes: ...
     @staticmethod
     def from_bytes(data: Buffer_, host: Host | None = None) -> Ref: ...
-    def accept(self) -> Ref: ...
+    def accept(self, *, anew: bool = False) -> Ref: ...
     def clone(self) -> Ref: ...
     def drop(self) -> bool: ...
 
@@ -466,6 +466,7 @@ RELAY_FD: int
 RELAY_ENDED: int
 RELAY_BROKE: int
 RELAY_LEAVING: int
+RELAY_CALL: int
 
 class Relay:
     """The connections of a load balancer, and the loop that passes frames on between them.
@@ -480,6 +481,9 @@ class Relay:
         max_backlog: int,
         overloaded: bytes,
         unreachable: bytes,
+        *,
+        in_turn: bool = False,
+        asks: bool = False,
     ) -> None:
         """Make one without connections.
 
@@ -488,6 +492,8 @@ class Relay:
             max_peers: connections.
             max_backlog: bytes kept for one that does not read; it is dropped after that.
             unreachable: ERROR frame for calls when there is no backend.
+            in_turn: backends get calls strictly in turn, whatever their load.
+            asks: run returns at every call, to be answered by pass_on or refuse.
         """
 
     def add(
@@ -517,8 +523,18 @@ class Relay:
         """Pass frames on until there is something for the caller: what, key or descriptor, text.
 
         RELAY_FD: a watched descriptor is readable. RELAY_ENDED, RELAY_BROKE: a connection is to be removed; in the second
-        case its peer may be told why. RELAY_LEAVING: a backend takes no more calls.
+        case its peer may be told why. RELAY_LEAVING: a backend takes no more calls. RELAY_CALL: a client has called, and run
+        says so again until that is answered.
         """
+
+    def call(self) -> tuple[int, int, int, bytes, bytes]:
+        """Return (method, flags, time_left_us, metadata, body) of the call that RELAY_CALL is about; both are copies."""
+
+    def pass_on(self, backend: int = 0) -> None:
+        """Give that call to a backend, by its key; 0: to one by policy."""
+
+    def refuse(self, error: bytes) -> None:
+        """Answer that call with an ERROR frame."""
 
     def kick(self) -> None:
         """Make run return, now or when it is called next."""

@@ -9,6 +9,7 @@ RELAY_FD = DM_RELAY_FD
 RELAY_ENDED = DM_RELAY_ENDED
 RELAY_BROKE = DM_RELAY_BROKE
 RELAY_LEAVING = DM_RELAY_LEAVING
+RELAY_CALL = DM_RELAY_CALL
 
 
 cdef int _error_frame(bytes frame) except -1:
@@ -37,6 +38,9 @@ cdef class Relay:
         uint64_t max_backlog,
         bytes overloaded not None,
         bytes unreachable not None,
+        *,
+        bint in_turn=False,
+        bint asks=False,
     ):
         cdef dm_error err = no_error()
         if self.y != NULL:
@@ -50,6 +54,7 @@ cdef class Relay:
             ),
             &err, "Relay",
         )
+        dm_relay_set_policy(self.y, DM_RELAY_IN_TURN if in_turn else DM_RELAY_LEAST_LOADED, asks)
 
     def __dealloc__(self):
         if self.y != NULL:
@@ -123,6 +128,30 @@ cdef class Relay:
             self.running = False
         raise_status(status, &err, "Relay.run")
         return event.what, event.key, event.text.decode("utf-8", "replace")
+
+    def call(self):
+        """Return (method, flags, time_left_us, metadata, body) of the call that RELAY_CALL is about; both are copies."""
+        cdef dm_relay *y = self.mine()
+        cdef dm_frame *h = &y.asked_header
+        cdef const char *meta
+        if y.asked == NULL:
+            raise _errors.MisuseError("Relay: no call waits for an answer")
+        meta = y.asked_frame + DM_FRAME_HEADER + <uint64_t>h.nr_refs * DM_FRAME_REF
+        return (
+            h.method, h.flags, h.time_left_us, meta[: h.meta_bytes],
+            (meta + h.meta_bytes)[: h.body_bytes],
+        )
+
+    def pass_on(self, int64_t backend=0) -> None:
+        """Give that call to a backend, by its key; 0: to one by policy."""
+        if dm_relay_answer(self.mine(), backend, NULL):
+            raise _errors.MisuseError("Relay: no call waits for an answer")
+
+    def refuse(self, bytes error not None) -> None:
+        """Answer that call with an ERROR frame."""
+        _error_frame(error)
+        if dm_relay_answer(self.mine(), 0, PyBytes_AS_STRING(error)):
+            raise _errors.MisuseError("Relay: no call waits for an answer")
 
     def kick(self) -> None:
         """Make run return, now or when it is called next."""

@@ -46,6 +46,11 @@ cdef extern from "relay.h" nogil:
         DM_RELAY_ENDED
         DM_RELAY_BROKE
         DM_RELAY_LEAVING
+        DM_RELAY_CALL
+
+    enum dm_relay_policy:
+        DM_RELAY_LEAST_LOADED
+        DM_RELAY_IN_TURN
 
     struct dm_relay_event:
         dm_relay_what what
@@ -57,6 +62,9 @@ cdef extern from "relay.h" nogil:
         uint64_t bytes_forwarded
         uint32_t nr_waiting
         int owner
+        void *asked
+        char *asked_frame
+        dm_frame asked_header
 
     int dm_relay_create(uint32_t max_waiting, uint32_t max_peers, uint64_t max_backlog,
                         const char *overloaded, const char *unreachable, dm_relay **out, dm_error *e)
@@ -68,6 +76,8 @@ cdef extern from "relay.h" nogil:
     int dm_relay_watch(dm_relay *y, int fd, dm_error *e)
     int dm_relay_unwatch(dm_relay *y, int fd, dm_error *e)
     int dm_relay_run(dm_relay *y, uint64_t deadline_ns, dm_relay_event *out, dm_error *e)
+    void dm_relay_set_policy(dm_relay *y, dm_relay_policy policy, bint asks)
+    int dm_relay_answer(dm_relay *y, int64_t backend, const char *refusal)
     int dm_relay_kick(dm_relay *y, dm_error *e)
     uint64_t dm_relay_forwarded(dm_relay *y, int64_t key)
 

@@ -60,7 +60,8 @@ class Host(_native.Host):
             transport: "unix" or "tcp", for requests to the coordinator.
             strict: also write-protect what this host moves away, for code that keeps raw pointers.
             low: frames below which to ask for more in the background, before a call has to wait; also what this host
-                keeps when the coordinator asks for frames back. 0: ask only when short, keep the coordinator's default.
+                keeps when the coordinator asks for frames back, as long as others have some. 0: ask only when short, keep
+                the coordinator's default.
             high: frames above which to give back; 0 takes the coordinator's default.
             batch: frames to ask for at once at first; 0 takes the coordinator's default.
             copy_around: most pages that one fault copies when stores run through a mapping in order; 1 copies only

@@ -3,6 +3,7 @@
 Map of the package:
 
     device.py      create, open, verify, inspect, remove the file /dev/shm/NAME
+    services.py    the names that are published, as the device has them
     liveness.py    who lives in a fabric: processes told apart from their successors
     topology.py    what a launcher starts, and where the sockets are
     launcher.py    running a topology: device, coordinator, hosts, and the end of them all

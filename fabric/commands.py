@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # rich, posix_ipc and the native module are imported by the commands that need them: `--help` is instant.
 
+MAX_ENDPOINT_SHOWN = 60  # characters, in a table
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -133,7 +135,7 @@ def create(
 @name_argument
 @json_option
 def inspect(name: str, as_json: bool) -> None:
-    """Show a device, who lives in it, and what became of its frames."""
+    """Show a device, who lives in it, what became of its frames, and what is published."""
     from . import device
 
     report = device.inspect(name)
@@ -218,7 +220,18 @@ def _print_report(console: Console, report: Report) -> None:
                 format_size(counters["bytes_copied"]),
             )
         console.print(table)
+    if report.services:
+        table = _table("Services", "name", "host", "state", "endpoint")
+        for service in report.services:
+            row = service["name"], str(service["host"]), service["state"]
+            table.add_row(*row, _endpoint(service["endpoint"]))
+        console.print(table)
     _print_violations(console, frames)
+
+
+def _endpoint(endpoint: Any) -> str:
+    text = json.dumps(endpoint)
+    return text if len(text) <= MAX_ENDPOINT_SHOWN else text[: MAX_ENDPOINT_SHOWN - 3] + "..."
 
 
 def _host_state(state: int) -> str:
@@ -247,7 +260,7 @@ def _print_violations(console: Console, frames: dict[str, Any]) -> None:
 @name_argument
 @json_option
 def verify(name: str, as_json: bool) -> None:
-    """Check a device and account for every frame; exit with 1 if something is wrong.
+    """Check a device, account for every frame and every name; exit with 1 if something is wrong.
 
     Exact while no operation is in flight; otherwise run it again.
     """
@@ -263,7 +276,8 @@ def verify(name: str, as_json: bool) -> None:
         if not frames["nr_violations"]:
             click.echo(
                 f"{name}: {frames['nr_frames']} frames accounted for: {frames['pool']} in the pool, "
-                f"{sum(frames['free'].values())} free at hosts, {frames['in_use']} in use"
+                f"{sum(frames['free'].values())} free at hosts, {frames['in_use']} in use; "
+                f"{frames['services']} services published"
             )
     if frames["nr_violations"]:
         raise click.exceptions.Exit(1)

@@ -48,6 +48,7 @@ from dmrpc_cxl.errors import (
 )
 
 from .liveness import Inhabitant, inhabitants
+from .services import account, services
 from .topology import (
     DEFAULT_MAX_HOSTS,
     DEFAULT_MAX_REFS,
@@ -340,6 +341,7 @@ class Report:
     hosts: list[dict[str, Any]]
     refs: list[dict[str, Any]]
     frames: dict[str, Any]
+    services: list[dict[str, Any]]
     inhabitants: list[Inhabitant]
 
 
@@ -375,23 +377,24 @@ def inspect(name: str) -> Report:
             coordinator=coordinator,
             hosts=[{**host, "alive": host["host"] in live_hosts} for host in hosts],
             refs=device.refs(),
-            frames=device.audit(),
+            frames=account(device),
+            services=services(device),
             inhabitants=alive,
         )
 
 
 def verify(name: str) -> dict[str, Any]:
-    """Check a device: the superblock, then every frame's refcount and owner.
+    """Check a device: the superblock, every frame's refcount and owner, every published name.
 
     Returns:
-        The accounting of `Device.audit`; "nr_violations" is 0 when all is well. Exact only while no
-        operation is in flight.
+        As `services.account`; "nr_violations" is 0 when all is well. Exact only while no operation is
+        in flight.
 
     Raises:
         As `open` does.
     """
     with open(name, writable=False) as device:
-        return device.audit()
+        return account(device)
 
 
 def names() -> list[str]:

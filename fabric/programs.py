@@ -13,6 +13,7 @@ The first two forms are run without a shell: quotes work, redirections do not.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -25,9 +26,10 @@ from dmrpc_cxl.errors import MisuseError
 
 from .topology import HostSpec, Program
 
-DEMO_HOSTS = 4
-MIN_DEMO_HOSTS = 3
-DEMO_NEEDS = ("PIL", "skimage")
+DEMO = "examples.image_pipeline.hosts"
+DEMO_HOSTS = 7
+MIN_DEMO_HOSTS = 6
+DEMO_NEEDS = ("PIL", "jinja2", "matplotlib", "skimage")
 RESERVED = ("coordinator", "fabric")  # what the lines of others are prefixed with
 
 _NAMED = re.compile(r"([a-z][a-z0-9._-]*)=(.*)", re.DOTALL)
@@ -101,7 +103,7 @@ def hosts_of(programs: Sequence[str], nr_hosts: int | None) -> tuple[HostSpec, .
 
 
 def demo_hosts(checkout: Path, nr_hosts: int | None, args: Sequence[str]) -> tuple[HostSpec, ...]:
-    """Make the hosts of examples/photos: a client, which gets args, a load balancer, and workers.
+    """Make the hosts of examples/image_pipeline: that of the client gets args.
 
     Raises:
         MisuseError: too few hosts, or there are no examples in that folder.
@@ -109,22 +111,18 @@ def demo_hosts(checkout: Path, nr_hosts: int | None, args: Sequence[str]) -> tup
     nr_hosts = DEMO_HOSTS if nr_hosts is None else nr_hosts
     if nr_hosts < MIN_DEMO_HOSTS:
         raise MisuseError(
-            f"{nr_hosts} hosts: the demonstration has a client, a load balancer and at least one worker"
+            f"{nr_hosts} hosts: the demonstration has a client, a firewall, a load balancer, two workers and at least "
+            "one image processor"
         )
-    if not (checkout / "examples" / "photos" / "client.py").exists():
+    if not (checkout / "examples" / "image_pipeline" / "hosts.py").exists():
         raise MisuseError("the demonstration is part of the checkout only: give --program")
     if missing := [name for name in DEMO_NEEDS if importlib.util.find_spec(name) is None]:
         raise MisuseError(
-            f"the demonstration needs {' and '.join(missing)}: pip install pillow scikit-image"
+            f"the demonstration needs {', '.join(missing)}: pip install jinja2 matplotlib pillow scikit-image"
         )
-    path = (("PYTHONPATH", str(checkout)),)
-    workers = [f"worker-{number}" for number in range(1, nr_hosts - 1)]
-
-    def role(module: str, *words: str) -> tuple[Program, ...]:
-        return (Program(_function(f"examples.photos.{module}:main", *words).argv, path),)
-
-    return (
-        HostSpec("client", role("client", *args)),
-        HostSpec("balancer", role("balancer", *workers)),
-        *(HostSpec(name, role("worker")) for name in workers),
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    made: tuple[HostSpec, ...] = importlib.import_module(DEMO).hosts(
+        args, nr_hosts - MIN_DEMO_HOSTS + 1
     )
+    return made

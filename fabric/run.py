@@ -80,7 +80,7 @@ def run(
 
     A program is a Python file (worker.py --fast), a function that is called with an attached Host
     (photos.worker:main --fast), or a command for the shell. One program runs on every host, or
-    there is one for each. Without any, examples/photos runs, and ARGS after -- are for its client.
+    there is one for each. Without any, examples/image_pipeline runs, and ARGS after -- are for it.
 
     The exit status is that of the first host that fails (128 + n for signal n), 124 after the
     timeout, 1 if a frame was lost.

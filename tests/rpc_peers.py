@@ -298,7 +298,7 @@ def count_reaches(at: At, name: str, n: int = 1) -> None:
 
 
 def nr_connections(at: At) -> int:
-    return len(at.server._connections) + len(at.server._handshakes)
+    return len(at.server._connections) + at.server._door.nr_handshakes
 
 
 def connections_reach(at: At, n: int) -> None:

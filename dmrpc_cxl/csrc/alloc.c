@@ -270,8 +270,10 @@ int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e) {
         dm_frames_leave_use(h, page, nr);
         dm_intent_end(in);
         DM_CRASH_POINT(free_ended);
-        dm_freelist_put(&h->free, page, nr);
-        h->entry->nr_free = h->free.nr_free;
+        if (!v->home || !dm_send_home(h, v->home, page, nr)) {
+            dm_freelist_put(&h->free, page, nr);
+            h->entry->nr_free = h->free.nr_free;
+        }
     } else {
         int s = v->flags & DM_VMA_DIRTY ? dm_restore(h, page, nr, e) : DM_OK;
         if (s)

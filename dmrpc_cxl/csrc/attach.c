@@ -282,6 +282,19 @@ static int register_host(struct dm_host *h, const struct dm_attach *how, struct 
     return DM_OK;
 }
 
+/* The coordinator may have died since it answered REGISTER: its successor knows us, and is waited for. */
+static int be_guarded(struct dm_host *h, struct dm_error *e) {
+    uint64_t give_up = dm_now_ns() + h->deadline_ns;
+    unsigned pause_ms = 2;
+    int s;
+    while ((s = dm_guard_open(h, e)) == DM_ERR_COORDINATOR_LOST &&
+           dm_now_ns() + pause_ms * 1000000ull < give_up) {
+        (void)poll(NULL, 0, (int)pause_ms);
+        pause_ms = pause_ms < 100 ? pause_ms * 2 : 100;
+    }
+    return s;
+}
+
 /* ---------------------------------------------------------------- attach and detach */
 
 static void release(struct dm_host *h) {
@@ -318,18 +331,6 @@ static void close_guard(struct dm_host *h) {
         close(h->guard_fd);
 }
 
-/* As every other request: a coordinator that dies before it answers is no reason to fail before the deadline. The guard has a
- * connection of its own, which dm_link_request does not open again. */
-static int guard_in_time(struct dm_host *h, struct dm_error *e) {
-    uint64_t deadline = dm_now_ns() + h->deadline_ns;
-    for (unsigned pause_ms = 2;; pause_ms = pause_ms < 100 ? 2 * pause_ms : 100) {
-        int s = dm_guard_open(h, e);
-        if (s != DM_ERR_COORDINATOR_LOST || dm_now_ns() + pause_ms * 1000000ull > deadline)
-            return s;
-        (void)poll(NULL, 0, (int)pause_ms);
-    }
-}
-
 static int set_up(struct dm_host *h, const struct dm_attach *how, struct dm_error *e) {
     int s = dm_device_open(&h->device, how->device_fd, true, e);
     if (s)
@@ -359,7 +360,7 @@ static int set_up(struct dm_host *h, const struct dm_attach *how, struct dm_erro
     h->ref_cursor = (uint32_t)((uint64_t)(h->id - 1) * h->max_refs / h->device.geo.max_hosts);
     for (unsigned i = 0; i < DM_REF_RING; i++)
         h->ref_ring[i] = h->ref_cursor;
-    if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = guard_in_time(h, e)))
+    if ((s = make_tables(h, e)) || (s = map_views(h, e)) || (s = be_guarded(h, e)))
         return s;
     DM_CRASH_POINT(attach_guarded);
     s = dm_handler_start(h, e);

@@ -3,7 +3,7 @@
  *
  * At each of them a process can be made to kill itself, at the n-th time it passes there: so a campaign can end a
  * process of any role inside of any operation, and say exactly where (tests/crash). Always compiled in: off, a point is
- * one branch on a global that is never taken (docs/decisions/0014-crash-points.md). -DDM_NO_CRASH_POINTS leaves them out.
+ * one branch on a global that is never taken (docs/decisions/0015-crash-points.md). -DDM_NO_CRASH_POINTS leaves them out.
  *
  *     DM_CRASH_POINT=label[:n]        read at attach and when a device is opened; n is 1 if it is left out; "none" only
  *                                     counts
@@ -104,6 +104,13 @@
     /* frames from and to the coordinator; coming and going */                                     \
     X(grant_wanted, "frames are about to be asked for")                                            \
     X(grant_received, "frames were granted, and are not on the free list")                         \
+    X(home_begun, "intent to hand a free run to its home written")                                 \
+    X(home_sent, "the word of a free frame says that it is coming home")                           \
+    X(home_found_gone, "words are stored, and home is not there")                                  \
+    X(home_taken_back, "the word of such a frame names this host again")                           \
+    X(home_hinted, "home can see where to look")                                                   \
+    X(home_ended, "the run is home's, intent gone")                                                \
+    X(home_taken_in, "home has taken a frame in, which is on no list")                             \
     X(return_worded, "the word of a free frame names the pool")                                    \
     X(return_untold, "words name the pool, the coordinator was not told")                          \
     X(return_told, "the coordinator has counted the frames")                                       \

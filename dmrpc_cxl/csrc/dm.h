@@ -89,7 +89,7 @@ int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wi
 /* ref.c */
 int dm_ref_check(struct dm_host *h, const struct dm_ref_wire *w, uint32_t *index, uint64_t *word,
                  struct dm_error *e);
-int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e);
+int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, bool anew, struct dm_error *e);
 int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
                  struct dm_ref_wire *out, struct dm_error *e);
 int dm_ref_drop(struct dm_host *h, const struct dm_ref_wire *w, struct dm_error *e);

@@ -186,3 +186,11 @@ bool dm_freelist_has(const struct dm_freelist *fl, uint32_t pfn) {
             return true;
     return false;
 }
+
+bool dm_freelist_overlaps(const struct dm_freelist *fl, uint32_t pfn, uint32_t nr) {
+    for (uint32_t i = 0; i < fl->nr_quick; i++)
+        if (fl->quick[i].pfn < pfn + nr && pfn < fl->quick[i].pfn + fl->quick[i].count)
+            return true;
+    return (fl->nr_in_bits && scan(fl->bits, pfn, pfn + nr, true) != pfn + nr) ||
+           (fl->nr_displaced && scan(fl->displaced, pfn, pfn + nr, true) != pfn + nr);
+}

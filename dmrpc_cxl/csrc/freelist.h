@@ -48,5 +48,7 @@ uint32_t dm_freelist_take_upto(struct dm_freelist *fl, uint32_t nr, uint32_t *pf
 /* Take a run of up to nr frames that is least worth keeping: displaced first, then from bits, then the oldest quick run. */
 uint32_t dm_freelist_evict(struct dm_freelist *fl, uint32_t nr, uint32_t *pfn);
 bool dm_freelist_has(const struct dm_freelist *fl, uint32_t pfn);
+/* Is any frame of the run in it? */
+bool dm_freelist_overlaps(const struct dm_freelist *fl, uint32_t pfn, uint32_t nr);
 
 #endif

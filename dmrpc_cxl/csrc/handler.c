@@ -54,6 +54,7 @@ struct handler {
     struct waiting waiting[MAX_WAITING];
     uint32_t nr_waiting;
     bool rang, reguard, recall, stop;
+    uint32_t recall_want, recall_keep;
     struct dm_link link; /* the supplier's */
 };
 
@@ -136,13 +137,21 @@ static void guard_again(struct handler *t) {
     t->reguard = s != DM_OK;
 }
 
+/* What is wanted, and all above the low watermark: others are short. The coordinator waits for an answer. */
 static void give_back_recalled(struct handler *t) {
     struct dm_host *h = t->h;
     struct dm_error e = {0};
+    dm_all_home(h);
+    uint32_t free = h->free.nr_free, leave = free > t->recall_want ? free - t->recall_want : 0;
+    if (leave > h->low)
+        leave = h->low;
+    if (leave < t->recall_keep)
+        leave = t->recall_keep;
     t->recall = false;
     h->batch = h->batch_min;
     h->high = 2 * h->batch_min;
-    (void)dm_give_back(h, &t->link, h->low, &e);
+    if (dm_give_back(h, &t->link, leave, &e) == DM_OK && h->free.nr_free == free)
+        (void)dm_give_back_none(h, &t->link, &e);
 }
 
 /* Give back above the high watermark; the limit grows while a host keeps receiving more than it uses. */
@@ -332,6 +341,12 @@ static void serve_guard(struct handler *t, short revents) {
         h->guard_fd = -1;
         t->reguard = true;
     } else if (m.head.type == DM_MSG_NOTIFY_RECALL) {
+        struct dm_msg_recall ask = {0, 0};
+        if (n >= (ssize_t)(sizeof m.head + sizeof ask))
+            memcpy(&ask, m.payload, sizeof ask);
+        /* One that was not seen to yet is contained in this one. */
+        t->recall_want = t->recall && t->recall_want > ask.want ? t->recall_want : ask.want;
+        t->recall_keep = t->recall && t->recall_keep < ask.keep ? t->recall_keep : ask.keep;
         t->recall = true;
     }
     pthread_cond_signal(&h->work);

@@ -59,7 +59,9 @@ struct dm_vma { /* one mapping: what ralloc, map_ref or view_ref returned */
     uint32_t fault_window; /* pages to do at the next sequential fault */
     uint32_t reserved;     /* frames promised to this mapping's later writes */
     uint32_t next_free;
-    uint32_t ref;       /* of a view: the entry of its Ref, */
+    uint16_t
+        home;     /* exclusive, came in a Ref: who made that; 0: frames stay where they are freed */
+    uint32_t ref; /* of a view: the entry of its Ref, */
     uint64_t ref_state; /* and the word that is in it as long as nobody interferes */
     void *buffer;       /* borrowed PyObject*, for the layer above; the DM layer never touches it */
 };
@@ -124,6 +126,7 @@ struct dm_host {
     uint32_t nr_reserved; /* frames of the free list promised to mappings */
     uint32_t batch;       /* what to ask for next */
     uint32_t high;        /* above it: give back */
+    uint32_t hints_seen;  /* of the entry's homecoming */
     uint8_t *kstate;      /* DM_KS_* per page */
     uint32_t *shown;      /* frame the kernel shows per page, see DM_SHOWN */
     uint32_t *vma_of;     /* vma id per page of a mapping */
@@ -250,7 +253,21 @@ int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_ru
 int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run,
               struct dm_error *e);
 int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_error *e);
+int dm_give_back_none(struct dm_host *h, struct dm_link *l, struct dm_error *e);
 void dm_rescan_owned(struct dm_host *h);
+void dm_add_owned(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs);
+
+/* ---- home.c: frames that other hosts freed */
+bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr);
+bool dm_take_in(struct dm_host *h, uint32_t pfn);
+void dm_take_hints(struct dm_host *h);
+bool dm_search_home(struct dm_host *h);
+void dm_all_home(struct dm_host *h);
+static inline void dm_welcome_home(struct dm_host *h) {
+    if (__builtin_expect(
+            __atomic_load_n(&h->entry->homecoming.nr_hints, __ATOMIC_RELAXED) != h->hints_seen, 0))
+        dm_take_hints(h);
+}
 
 /* ---- vma.c: mappings and the VMA area's address space */
 uint32_t dm_vma_new(struct dm_host *h, uint32_t page, uint32_t nr_pages, uint64_t length,

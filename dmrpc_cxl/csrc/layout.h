@@ -17,6 +17,7 @@
 #ifndef DM_LAYOUT_H
 #define DM_LAYOUT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -93,6 +94,7 @@ enum dm_intent_op {
     DM_INTENT_COW = 8,     /* pages [page, page+nr) move to frames from pfn on, up to progress */
     DM_INTENT_FILL = 9,    /* holes [page, page+nr) get frames from pfn on */
     DM_INTENT_RETURN = 10, /* free frames [pfn, pfn+nr) go back to the pool */
+    DM_INTENT_HOME = 11,   /* free frames [pfn, pfn+nr) are handed to host `page` */
 };
 
 struct dm_intent {
@@ -142,7 +144,9 @@ struct dm_intent {
     X(bytes_referenced, "bytes covered by the Refs this host made")                                \
     X(out_of_frames, "operations refused for want of frames")                                      \
     X(map_views, "view_ref operations that touched no page-table entry")                           \
-    X(views_materialised, "views that became mappings because they were stored to or shared")
+    X(views_materialised, "views that became mappings because they were stored to or shared")      \
+    X(frames_sent_home, "freed frames handed to the host that had sent them")                      \
+    X(frames_came_home, "frames that other hosts freed and handed back")
 
 enum dm_counter {
 #define DM_COUNTER_ENUM(name, text) DM_CNT_##name,
@@ -151,6 +155,16 @@ enum dm_counter {
         DM_NR_COUNTERS
 };
 #define DM_COUNTER_SLOTS 96u
+
+/* Where other hosts leave word of frames that they have handed to this one: hints, see home.c. */
+#define DM_HINTS 30u
+struct dm_homecoming {
+    uint32_t nr_taken;  /* atomic; slots given out: the next hint goes to nr_taken % DM_HINTS */
+    uint32_t nr_hints;  /* atomic; hints that stand in their slots */
+    uint32_t nr_frames; /* atomic gauge: frames handed over and not found yet, roughly */
+    uint32_t reserved;
+    uint64_t hints[DM_HINTS]; /* atomic; count << 32 | first frame; 0: none */
+};
 
 struct dm_host_entry {
     uint32_t state;        /* enum dm_host_state; atomic */
@@ -168,31 +182,37 @@ struct dm_host_entry {
     struct dm_intent intent; /* its own cache lines */
     uint8_t pad1[64];
     char name[DM_NAME_BYTES];
-    uint8_t pad2[256];
+    struct dm_homecoming homecoming; /* its own cache lines: others write them */
     uint64_t counters[DM_COUNTER_SLOTS];
     uint8_t pad3[4096 - 64 - 128 - 64 - 256 - 8 * DM_COUNTER_SLOTS];
 };
 
 /* ---------------------------------------------------------------- frame words
  *
- *      63        48 47        32 31                              0
- *     +------------+------------+---------------------------------+
- *     |  sequence  |   owner    |            refcount             |
- *     +------------+------------+---------------------------------+
+ *      63        48   47    46    32 31                              0
+ *     +------------+------+--------+---------------------------------+
+ *     |  sequence  |coming| owner  |            refcount             |
+ *     +------------+------+--------+---------------------------------+
  *
  * One atomic word, so that "the count reached zero" and "the frame is mine now" are one step.
  * owner says who may hand the frame out while refcount is 0: DM_OWNER_POOL or a host id.
  * While refcount > 0 the owner field is the last owner and means nothing.
+ * coming: another host handed the free frame to its owner, who has not taken it in yet (home.c). Until then who handed it
+ * over may take it back, should the owner turn out to be dead: a compare-and-swap of the word decides.
  * sequence grows by one each time the frame enters use.
  */
 #define DM_OWNER_POOL 0u
+#define DM_COMING 0x8000u           /* in dm_frame_pack's owner */
 #define DM_REFCOUNT_MAX 0x7fffffffu /* above it: too many Refs, never a carry into owner */
 
 static inline uint64_t dm_frame_pack(uint32_t refcount, uint16_t owner, uint16_t seq) {
     return (uint64_t)refcount | (uint64_t)owner << 32 | (uint64_t)seq << 48;
 }
 static inline uint32_t dm_frame_refcount(uint64_t word) { return (uint32_t)word; }
-static inline uint16_t dm_frame_owner(uint64_t word) { return (uint16_t)(word >> 32); }
+static inline uint16_t dm_frame_owner(uint64_t word) {
+    return (uint16_t)(word >> 32) & (uint16_t)~DM_COMING;
+}
+static inline bool dm_frame_coming(uint64_t word) { return word >> 47 & 1; }
 static inline uint16_t dm_frame_seq(uint64_t word) { return (uint16_t)(word >> 48); }
 
 /* ---------------------------------------------------------------- page-table entries
@@ -317,6 +337,8 @@ _Static_assert(offsetof(struct dm_superblock, coordinator_epoch) % 8 == 0,
 _Static_assert(sizeof(struct dm_host_entry) == 4096, "a host entry is one page");
 _Static_assert(offsetof(struct dm_host_entry, intent) % 64 == 0, "intent has its own cache lines");
 _Static_assert(offsetof(struct dm_host_entry, counters) % 64 == 0, "counters have their own lines");
+_Static_assert(sizeof(struct dm_homecoming) == 256, "a homecoming is four cache lines");
+_Static_assert(offsetof(struct dm_host_entry, homecoming) % 64 == 0, "which are its own");
 _Static_assert(sizeof(struct dm_intent) == 64, "an intent record is one cache line");
 _Static_assert(sizeof(struct dm_ref_entry) == 128, "a Ref entry is two cache lines");
 _Static_assert(sizeof(struct dm_service_slot) == DM_SERVICE_SLOT_BYTES, "a service slot");

@@ -137,8 +137,13 @@ static int exchange(struct dm_link *l, uint16_t type, const void *payload, uint3
     }
     if (s || (s = receive_all(l, &head, sizeof head, deadline, e)))
         return s;
-    if (head.magic != DM_WIRE_MAGIC || head.version != DM_WIRE_VERSION || head.type != type ||
-        head.request != l->next_request || head.length > DM_WIRE_MAX_PAYLOAD)
+    if (head.magic == DM_WIRE_MAGIC && head.version != DM_WIRE_VERSION)
+        return dm_fail(e, DM_ERR_PROTOCOL,
+                       "the coordinator speaks version %u of its protocol, here it is %u: the "
+                       "coordinator and all hosts have to run the same release",
+                       head.version, DM_WIRE_VERSION);
+    if (head.magic != DM_WIRE_MAGIC || head.type != type || head.request != l->next_request ||
+        head.length > DM_WIRE_MAX_PAYLOAD)
         return dm_fail(e, DM_ERR_PROTOCOL, "the coordinator's answer does not fit the request");
     if (head.status != DM_WIRE_OK) {
         char text[sizeof e->text];

@@ -231,6 +231,7 @@ static int map_shared(struct dm_host *h, struct placing *p, unsigned flags, bool
         put_ref_back(h, p);
         return s;
     }
+    h->vmas[*id].home = p->exclusive ? entry->creator : DM_OWNER_POOL;
     DM_CRASH_POINT(map_placed);
     dm_map_commit(h, p->index, p->page, p->nr, &p->runs);
     if (promised && p->exclusive && !(p->vma_flags & DM_VMA_HOLES)) {

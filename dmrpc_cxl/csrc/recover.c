@@ -281,10 +281,30 @@ static void finish_free(struct recovery *r) {
     }
 }
 
+/* Free frames that the host was handing to another: what was stored is that one's, unless it is gone, too. */
+static void take_back(struct recovery *r) {
+    const struct dm_intent *in = r->intent;
+    if (in->page == DM_OWNER_POOL || in->page > r->dev->geo.max_hosts)
+        return;
+    for (uint64_t i = 0; i < in->nr; i++) {
+        uint32_t pfn = in->pfn + (uint32_t)i;
+        if (pfn >= r->nr_frames || fenced(r) ||
+            __atomic_load_n(&r->dev->hosts[in->page - 1].state, __ATOMIC_ACQUIRE) == DM_HOST_ACTIVE)
+            return;
+        uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE);
+        if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == in->page &&
+            dm_frame_coming(word) &&
+            __atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
+                                        dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            r->out->frames_reclaimed++;
+    }
+}
+
 static bool intent_makes_sense(const struct recovery *r) {
     const struct dm_intent *in = r->intent;
     uint64_t pages = r->dev->geo.ptes_per_host;
-    return in->op <= DM_INTENT_RETURN && in->ref < r->dev->geo.max_refs && in->page <= pages &&
+    return in->op <= DM_INTENT_HOME && in->ref < r->dev->geo.max_refs && in->page <= pages &&
            in->nr <= pages - in->page && in->progress <= in->nr + 1;
 }
 
@@ -339,6 +359,9 @@ static void settle_intent(struct recovery *r) {
     case DM_INTENT_FILL:
         settle_new_frames(r, false);
         break;
+    case DM_INTENT_HOME:
+        take_back(r);
+        break;
     case DM_INTENT_NONE:
     case DM_INTENT_RETURN:
         break;
@@ -367,6 +390,8 @@ static void unmap_pages(struct recovery *r) {
 }
 
 static void take_free_frames(struct recovery *r) {
+    /* Pairs with the one in home.c: whoever still found the host ACTIVE stored its words before we look at them. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     for (uint32_t pfn = 0; pfn < r->nr_frames; pfn++) {
         uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_RELAXED);
         if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == r->host)

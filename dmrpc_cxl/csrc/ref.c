@@ -2,8 +2,8 @@
  * ref.c - the Ref table: entries, their state word, the form on the wire, accept, clone and drop.
  *
  * The state word decides everything: whoever moves it by compare-and-swap from the exact word it read has the Ref.
- * Its generation grows when a Ref is accepted by another holder and when the entry becomes free, so bytes that
- * were passed on or used are recognised as stale for ever (32 bits of them).
+ * Its generation grows when a Ref is accepted by another holder, or anew, and when the entry becomes free, so bytes
+ * that were passed on or used are recognised as stale for ever (32 bits of them).
  *
  *     FREE g -> BUILDING g -> LIVE g --map--> MAPPING g -> FREE g+1
  *                               |  \--drop--> DROPPING g -> FREE g+1
@@ -320,14 +320,15 @@ void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_
 
 /* ---------------------------------------------------------------- accept, clone, drop */
 
-/* Become the holder. The bytes the Ref came in are stale afterwards; w gets the new ones. */
-int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, struct dm_error *e) {
+/* Become the holder. The bytes the Ref came in are stale afterwards; w gets the new ones. Who holds it already keeps them,
+ * unless it says `anew`: two parts of one process that pass a Ref on must not both be able to drop it. */
+int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, bool anew, struct dm_error *e) {
     uint32_t index;
     uint64_t word;
     int s = dm_ref_check(h, w, &index, &word, e);
     if (s)
         return s;
-    if (dm_ref_holder(word) == h->id)
+    if (dm_ref_holder(word) == h->id && !anew)
         return DM_OK;
     uint64_t mine = dm_ref_pack(DM_REF_LIVE, dm_ref_flags(word), h->id, dm_ref_gen(word) + 1);
     if (!__atomic_compare_exchange_n(&h->refs[index].state, &word, mine, false, __ATOMIC_ACQ_REL,
@@ -375,17 +376,23 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
             drop_shared(h, in, run, progress, &freed);
         } else if (run->pfn != DM_NO_FRAME) {
             dm_frames_leave_use(h, run->pfn, run->count);
-            dm_frame_freed(h, run->pfn, run->count);
         }
         progress += run->count;
         dm_intent_progress(in, progress); /* complete: the runs are not needed any more */
         DM_CRASH_POINT(drop_run_done);
     }
     dm_freed_end(h, &freed);
+    uint16_t home = entry->creator;
     dm_ref_free_overflow(h, entry);
     (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
     DM_CRASH_POINT(drop_ended);
+    if (dm_ref_flags(word) & DM_REF_EXCLUSIVE)
+        for (uint32_t r = 0; r < runs.nr; r++) {
+            const struct dm_run *run = &runs.list[r];
+            if (run->pfn != DM_NO_FRAME && !dm_send_home(h, home, run->pfn, run->count))
+                dm_frame_freed(h, run->pfn, run->count);
+        }
     dm_runs_free(&runs);
 }
 
@@ -472,7 +479,7 @@ static int count_runs(struct dm_host *h, struct dm_intent *in, const struct dm_r
 /* Another Ref to the same bytes. The source is accepted first if it is not ours, so its bytes may change. */
 int dm_ref_clone(struct dm_host *h, struct dm_ref_wire *source, bool may_block,
                  struct dm_ref_wire *out, struct dm_error *e) {
-    int s = dm_ref_accept(h, source, e);
+    int s = dm_ref_accept(h, source, false, e);
     uint32_t index, copy;
     uint64_t word;
     if (s || (s = dm_ref_check(h, source, &index, &word, e)) ||

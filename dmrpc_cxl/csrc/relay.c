@@ -10,6 +10,9 @@
  * - Whether a client took the Refs of a reply, we cannot know. The last replies with Refs are remembered, so that
  *   its DISCARD, or its end, reaches the backend. Of Refs taken the backend knows.
  *
+ * - Whoever runs the relay may want to decide about every call. Then the loop stops at one, whose frame stays where it was
+ *   received, and the client it came from waits in line like one that never stops sending.
+ *
  * Small frames to a socket are gathered until the turn is over: one system call for all that a burst has for it.
  */
 #define _GNU_SOURCE
@@ -143,8 +146,12 @@ void dm_relay_flush(struct dm_relay *y) {
 
 /* ---------------------------------------------------------------- from clients */
 
-/* The one with the fewest calls; among equals they take turns. *crowded: there would be some, but they are behind. */
-static struct dm_peer *least_loaded(struct dm_relay *y, bool *crowded) {
+static bool is_behind(const struct dm_relay *y, const struct dm_peer *p) {
+    return p->stream.backlog > y->max_backlog / 2;
+}
+
+/* By policy. *crowded: there would be some, but they are behind. */
+static struct dm_peer *choose(struct dm_relay *y, bool *crowded) {
     struct dm_peer *best = NULL;
     uint32_t n = y->nr_backends, first = n ? y->turn++ % n : 0;
     *crowded = false;
@@ -152,26 +159,40 @@ static struct dm_peer *least_loaded(struct dm_relay *y, bool *crowded) {
         struct dm_peer *p = y->backends[first + i < n ? first + i : first + i - n];
         if (p->dead || p->leaving)
             continue;
-        if (p->stream.backlog > y->max_backlog / 2)
+        if (is_behind(y, p))
             *crowded = true;
-        else if (!best || p->nr_waiting < best->nr_waiting)
+        else if (!best || (y->policy == DM_RELAY_LEAST_LOADED && p->nr_waiting < best->nr_waiting))
             best = p;
     }
     return best;
 }
 
-static void call(struct dm_relay *y, struct dm_peer *client, char *frame,
-                 const struct dm_frame *h) {
+/* The one that was asked for, if it is to be had. */
+static struct dm_peer *named(struct dm_relay *y, int64_t key, bool *crowded) {
+    struct dm_peer *p = dm_relay_peer(y, key);
+    if (!p || p->side != DM_BACKEND || p->dead || p->leaving)
+        p = NULL;
+    *crowded = p && is_behind(y, p);
+    return *crowded ? NULL : p;
+}
+
+static bool in_order(struct dm_relay *y, struct dm_peer *client, const struct dm_frame *h) {
     if (h->call_id <= client->last_id) {
         char text[96];
         snprintf(text, sizeof text, "call %llu came after call %llu",
                  (unsigned long long)h->call_id, (unsigned long long)client->last_id);
         drop(y, client, DM_RELAY_BROKE, text);
-        return;
+        return false;
     }
     client->last_id = h->call_id;
+    return true;
+}
+
+/* key: of a backend; 0: by policy. */
+static void call(struct dm_relay *y, struct dm_peer *client, char *frame, const struct dm_frame *h,
+                 int64_t key) {
     bool crowded;
-    struct dm_peer *backend = least_loaded(y, &crowded);
+    struct dm_peer *backend = key ? named(y, key, &crowded) : choose(y, &crowded);
     if (!backend && !crowded) {
         dm_relay_send_error(y, client, y->unreachable, h->call_id);
         return;
@@ -199,7 +220,15 @@ static void from_client(struct dm_relay *y, struct dm_peer *client, char *frame,
                         const struct dm_frame *h) {
     switch (h->kind) {
     case DM_FRAME_CALL:
-        call(y, client, frame, h);
+        if (!in_order(y, client, h))
+            return;
+        if (!y->asks) {
+            call(y, client, frame, h, 0);
+            return;
+        }
+        y->asked = client;
+        y->asked_frame = frame;
+        y->asked_header = *h;
         return;
     case DM_FRAME_CANCEL:
     case DM_FRAME_DISCARD: {
@@ -268,6 +297,12 @@ static void from_backend(struct dm_relay *y, struct dm_peer *backend, char *fram
 
 /* ---------------------------------------------------------------- turns */
 
+static void used_up(struct dm_peer *p, uint64_t size) {
+    dm_stream_done(&p->stream);
+    if (p->gone)
+        p->left -= size < p->left ? size : p->left;
+}
+
 static void read_from(struct dm_relay *y, struct dm_peer *p) {
     struct dm_stream *s = &p->stream;
     uint64_t bytes = 0;
@@ -305,11 +340,11 @@ static void read_from(struct dm_relay *y, struct dm_peer *p) {
             from_client(y, p, frame, &h);
         else
             from_backend(y, p, frame, &h);
-        dm_stream_done(s);
+        if (y->asked)
+            return;
+        used_up(p, size);
         n++;
         bytes += size;
-        if (p->gone)
-            p->left -= size < p->left ? size : p->left;
     }
 }
 
@@ -359,10 +394,29 @@ static bool take_event(struct dm_relay *y, struct dm_relay_event *out) {
     return true;
 }
 
+int dm_relay_answer(struct dm_relay *y, int64_t backend, const char *refusal) {
+    struct dm_peer *p = y->asked;
+    if (!p)
+        return DM_ERR_BAD_ADDRESS;
+    y->asked = NULL;
+    if (refusal)
+        dm_relay_send_error(y, p, refusal, y->asked_header.call_id);
+    else
+        call(y, p, y->asked_frame, &y->asked_header, backend);
+    used_up(p, y->asked_header.size);
+    if (!p->dead && dm_node_alone(&p->ready)) /* it may have more, of which no event tells */
+        dm_node_join(&y->ready, &p->ready);
+    return DM_OK;
+}
+
 int dm_relay_run(struct dm_relay *y, uint64_t deadline_ns, struct dm_relay_event *out,
                  struct dm_error *e) {
     for (;;) {
         int64_t key;
+        if (y->asked) {
+            *out = (struct dm_relay_event){.what = DM_RELAY_CALL, .key = y->asked->key};
+            return DM_OK;
+        }
         dm_relay_flush(y);
         if (take_event(y, out))
             return DM_OK;
@@ -372,9 +426,9 @@ int dm_relay_run(struct dm_relay *y, uint64_t deadline_ns, struct dm_relay_event
             return s;
         if (s && event(y, key, out))
             return DM_OK;
-        if (busy && !dm_node_alone(&y->ready))
+        if (busy && !y->asked && !dm_node_alone(&y->ready))
             turn(y, DM_OF(y->ready.next, struct dm_peer, ready));
-        if (deadline_ns != DM_RING_NO_DEADLINE && dm_node_alone(&y->events) &&
+        if (deadline_ns != DM_RING_NO_DEADLINE && !y->asked && dm_node_alone(&y->events) &&
             dm_now_ns() >= deadline_ns) {
             *out = (struct dm_relay_event){.what = DM_RELAY_TIMEOUT};
             return DM_OK;

@@ -125,6 +125,12 @@ enum dm_relay_what {
     DM_RELAY_ENDED,   /* a peer is gone, or is to go: remove it */
     DM_RELAY_BROKE,   /* a peer broke the protocol, and may be told so: remove it */
     DM_RELAY_LEAVING, /* a backend takes no new calls */
+    DM_RELAY_CALL,    /* a client's call: answer it, see dm_relay_answer */
+};
+
+enum dm_relay_policy {
+    DM_RELAY_LEAST_LOADED, /* among equals in turn */
+    DM_RELAY_IN_TURN,      /* strictly, whatever their load */
 };
 
 struct dm_relay_event {
@@ -163,6 +169,11 @@ struct dm_relay {
     uint32_t generation;
     struct dm_peer **backends;
     uint32_t nr_backends, turn;
+    enum dm_relay_policy policy;
+    bool asks;             /* the caller decides about every call */
+    struct dm_peer *asked; /* whose call waits for that; its frame is the stream's until then */
+    char *asked_frame;
+    struct dm_frame asked_header;
     struct dm_node ready, dirty, events;
     char *overloaded, *unreachable; /* ERROR frames, but for the call id */
     _Atomic uint64_t nr_forwarded, bytes_forwarded;
@@ -201,5 +212,10 @@ int dm_relay_run(struct dm_relay *y, uint64_t deadline_ns, struct dm_relay_event
                  struct dm_error *e);
 int dm_relay_kick(struct dm_relay *y, struct dm_error *e);
 uint64_t dm_relay_forwarded(struct dm_relay *y, int64_t key);
+/* Before the first connection: who gets a call, and whether the caller is asked about each. */
+void dm_relay_set_policy(struct dm_relay *y, enum dm_relay_policy policy, bool asks);
+/* After DM_RELAY_CALL, which comes again until then: the call goes to that backend, or for key 0 to one by policy; or its
+ * client gets the ERROR frame refusal. Nothing that was asked: DM_ERR_BAD_ADDRESS. */
+int dm_relay_answer(struct dm_relay *y, int64_t backend, const char *refusal);
 
 #endif

@@ -199,6 +199,8 @@ int dm_relay_remove(struct dm_relay *y, int64_t key, const char *lost, uint64_t 
     if (!p->dead)
         dm_relay_detach(y, p);
     p->dead = true;
+    if (y->asked == p)
+        y->asked = NULL;
     if (p->side == DM_CLIENT)
         end_client(y, p);
     else
@@ -219,6 +221,11 @@ int dm_relay_leave_out(struct dm_relay *y, int64_t key) {
         return DM_ERR_BAD_ADDRESS;
     p->leaving = true;
     return DM_OK;
+}
+
+void dm_relay_set_policy(struct dm_relay *y, enum dm_relay_policy policy, bool asks) {
+    y->policy = policy;
+    y->asks = asks;
 }
 
 /* Context: any thread. */

@@ -37,8 +37,10 @@ static int request(struct dm_host *h, struct dm_link *l, uint16_t type, const vo
     return s;
 }
 
-/* Add runs that the coordinator says it granted: only frames whose word agrees and that are not listed yet. */
-static void add_granted(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs) {
+/* Add runs that somebody says are this host's now: only frames whose word agrees and that are not listed yet. */
+void dm_add_owned(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs) {
+    const uint64_t *came = &h->entry->counters[DM_CNT_frames_came_home], before = *came;
+    const uint32_t nr_free = h->free.nr_free;
     for (uint32_t r = 0; r < nr_runs; r++) {
         if (runs[r].count == 0 || runs[r].pfn >= h->nr_frames ||
             runs[r].count > h->nr_frames - runs[r].pfn)
@@ -47,32 +49,29 @@ static void add_granted(struct dm_host *h, const struct dm_run *runs, uint32_t n
         for (uint32_t i = 0; i <= runs[r].count; i++) {
             uint32_t pfn = runs[r].pfn + i;
             bool ours = false;
-            if (i < runs[r].count) {
-                uint64_t word = __atomic_load_n(&h->frames[pfn], __ATOMIC_ACQUIRE);
-                ours = dm_frame_refcount(word) == 0 && dm_frame_owner(word) == h->id &&
-                       !dm_freelist_has(&h->free, pfn) && h->pt[pfn] == 0;
-                if (!ours && dm_frame_refcount(word) == 0 && dm_frame_owner(word) == h->id &&
-                    !dm_freelist_has(&h->free, pfn)) {
+            if (i < runs[r].count && !dm_freelist_has(&h->free, pfn) && dm_take_in(h, pfn)) {
+                ours = h->pt[pfn] == 0;
+                if (!ours)
                     dm_freelist_put_displaced(&h->free, pfn);
-                    DM_COUNT(h, frames_granted, 1);
-                }
             }
             if (ours)
                 continue;
             if (i > start) {
                 dm_freelist_put_cold(&h->free, runs[r].pfn + start, i - start);
-                DM_COUNT(h, frames_granted, i - start);
             }
             start = i + 1;
         }
     }
     h->entry->nr_free = h->free.nr_free;
+    DM_COUNT(h, frames_granted, h->free.nr_free - nr_free - (*came - before));
 }
 
-/* After a reconnection: frames that were granted in an answer that never arrived. */
+/* Frames that were granted in an answer that never arrived, or handed over by other hosts. */
 void dm_rescan_owned(struct dm_host *h) {
     struct dm_run all = {0, h->nr_frames};
-    add_granted(h, &all, 1);
+    __atomic_store_n(&h->entry->homecoming.nr_frames, 0,
+                     __ATOMIC_RELAXED); /* all that came is found */
+    dm_add_owned(h, &all, 1);
 }
 
 int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_run,
@@ -81,6 +80,8 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
     uint32_t length = 0, free_before = h->free.nr_free;
     struct dm_msg_grant grant = {.want = need > h->batch ? need : h->batch, .min_run = min_run};
     int s;
+    if (dm_search_home(h) && h->free.nr_free >= free_before + need)
+        return DM_OK;
     DM_CRASH_POINT(grant_wanted);
     do {
         s = request(h, l, DM_MSG_GRANT, &grant, sizeof grant, runs, sizeof runs, &length, e);
@@ -95,9 +96,10 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
     } while (s == DM_AGAIN_LOOK);
     if (s == DM_OK) {
         DM_CRASH_POINT(grant_received);
-        add_granted(h, runs, length / sizeof runs[0]);
+        dm_add_owned(h, runs, length / sizeof runs[0]);
     } else if (s == DM_ERR_COORDINATOR_REFUSED &&
                (e->wire_status == DM_WIRE_NO_FRAMES || e->wire_status == DM_WIRE_QUOTA)) {
+        dm_rescan_owned(h); /* the last resort: what was handed over without a hint */
         if (h->free.nr_free > free_before)
             return DM_OK;
         DM_COUNT(h, out_of_frames, 1);
@@ -118,6 +120,7 @@ int dm_refill(struct dm_host *h, struct dm_link *l, uint32_t need, uint32_t min_
 int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_error *e) {
     enum { MAX_RUNS = 2048 };
     struct dm_run runs[MAX_RUNS];
+    dm_welcome_home(h);
     if (keep < h->nr_reserved)
         keep = h->nr_reserved;
     while (h->free.nr_free > keep) {
@@ -153,11 +156,17 @@ int dm_give_back(struct dm_host *h, struct dm_link *l, uint32_t keep, struct dm_
     return DM_OK;
 }
 
+/* Tell the coordinator, which asked for frames, that there are none to be had here. */
+int dm_give_back_none(struct dm_host *h, struct dm_link *l, struct dm_error *e) {
+    return request(h, l, DM_MSG_RETURN, NULL, 0, NULL, 0, NULL, e);
+}
+
 /* Take a run of exactly nr frames, asking the coordinator when short. */
 int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, struct dm_error *e) {
     bool defragmented = false;
     uint64_t give_up = 0;
     for (;;) {
+        dm_welcome_home(h);
         if (dm_unpromised(h) >= nr && dm_freelist_take(&h->free, nr, pfn)) {
             h->entry->nr_free = h->free.nr_free;
             return DM_OK;
@@ -201,6 +210,7 @@ int dm_take_one(struct dm_host *h, bool may_block, uint32_t *pfn, struct dm_erro
 /* Take up to nr consecutive frames for copy-on-write or holes without asking anybody; `reserved` of the host's
  * promised frames belong to the caller. Returns the number taken, 0 when there are none. */
 int dm_take_upto(struct dm_host *h, uint32_t nr, uint32_t reserved, struct dm_run *run) {
+    dm_welcome_home(h);
     uint32_t may = dm_unpromised(h) + (reserved < h->nr_reserved ? reserved : h->nr_reserved);
     if (may > h->free.nr_free)
         may = h->free.nr_free;

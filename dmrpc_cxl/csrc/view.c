@@ -84,6 +84,7 @@ void dm_view_materialise(struct dm_host *h, uint32_t id) {
     DM_CRASH_POINT(view_claimed);
     dm_runs_init(&runs);
     (void)dm_runs_add(&runs, dm_identity(h, v->page), v->nr_pages); /* has room for the first */
+    v->home = v->flags & DM_VMA_EXCLUSIVE ? h->refs[v->ref].creator : DM_OWNER_POOL;
     dm_map_commit(h, v->ref, v->page, v->nr_pages, &runs);
     v->flags &= ~DM_VMA_VIEW;
     DM_COUNT(h, views_materialised, 1);

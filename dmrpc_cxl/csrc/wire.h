@@ -20,7 +20,7 @@
 #include "layout.h"
 
 #define DM_WIRE_MAGIC 0x44524d44u /* "DMRD" */
-#define DM_WIRE_VERSION 1u
+#define DM_WIRE_VERSION 2u        /* 2: CHECK, TABLE_FULL, `keep` in a recall, RETURN of nothing */
 #define DM_WIRE_MAX_PAYLOAD (1u << 20)
 #define DM_WIRE_MAX_RUNS 4096u /* in the answer to a GRANT */
 
@@ -30,7 +30,7 @@ enum dm_msg_type {
     DM_MSG_REJOIN = 3,   /* -> struct dm_msg_rejoin             <- struct dm_msg_registered */
     DM_MSG_GUARD = 4,    /* -> struct dm_msg_rejoin + one fd    <- empty */
     DM_MSG_GRANT = 5,  /* -> struct dm_msg_grant              <- struct dm_run[], now the host's */
-    DM_MSG_RETURN = 6, /* -> struct dm_run[] already owned by the pool   <- empty */
+    DM_MSG_RETURN = 6, /* -> struct dm_run[] already owned by the pool, or none   <- empty */
     DM_MSG_LEAVE = 7,  /* -> empty; everything was released   <- empty */
     DM_MSG_PUBLISH = 16,  /* -> {"name", "endpoint"}             <- {} */
     DM_MSG_WITHDRAW = 17, /* -> {"name"}                         <- {} */
@@ -113,9 +113,9 @@ struct dm_msg_grant {
     uint32_t min_run; /* one run of at least this many frames is needed; 0 or 1: any */
 };
 
-struct dm_msg_recall {
-    uint32_t want; /* frames the coordinator would like back */
-    uint32_t reserved;
+struct dm_msg_recall { /* answered by a RETURN, of no frames if need be */
+    uint32_t want;     /* frames the coordinator would like back */
+    uint32_t keep;     /* free frames that the host may keep, however many are wanted */
 };
 
 _Static_assert(sizeof(struct dm_msg_header) == 24, "message header");

@@ -3,7 +3,7 @@
 ==================  ====================================================================================
 ``frames``          the wire protocol, without I/O
 ``marshal``         values to messages: by value or by Ref
-``ownership``       who else holds an array: move()
+``ownership``       who else holds an array: move(), pass_on()
 ``interface``       a service's methods, read off its class
 ``calls``           the call being served: deadline, cancellation, metadata
 ``channel``         one interface over rings in shared memory and TCP
@@ -13,7 +13,7 @@
 ``sync``            connections that threads share, futures
 ``link``            a service's methods, and reconnecting
 ``connection``      what all clients share; ``remote_errors``: exceptions that arrive
-``forwarder``       a load balancer that passes calls on as they are
+``forwarder``       a load balancer, or a gate, that passes calls on as they are; ``passing``: what it sees of one
 ``objects``         any picklable object in DM
 ``host``            all of it on the host
 ==================  ====================================================================================
@@ -23,9 +23,10 @@ from .calls import Call, current_call
 from .client import Client, Outbound
 from .forwarder import Forwarder
 from .host import Host
-from .marshal import Moved, move
+from .marshal import Moved, move, pass_on
+from .passing import Passing
 from .server import Server
-from .sync import CallFuture
+from .sync import CallFuture, first_done
 
 __all__ = [
     "Call",
@@ -35,7 +36,10 @@ __all__ = [
     "Host",
     "Moved",
     "Outbound",
+    "Passing",
     "Server",
     "current_call",
+    "first_done",
     "move",
+    "pass_on",
 ]

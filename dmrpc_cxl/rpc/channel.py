@@ -78,6 +78,10 @@ class Channel(ABC):
         """Take back what made fileno() readable, for level-triggered loops; before recv()."""
 
     @abstractmethod
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes sent and received so far; also after close()."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of everything; idempotent."""
 
@@ -96,6 +100,7 @@ class RingChannel(Channel):
         control.setblocking(False)
         ring.set_peer_fd(control.fileno())
         self.gone = False
+        self._traffic = (0, 0)
         # Straight to the ring: a method in between is a measurable part of a small call.
         self.try_send = ring.try_send  # type: ignore[method-assign]
         self.arm = ring.arm  # type: ignore[method-assign]
@@ -139,8 +144,16 @@ class RingChannel(Channel):
         """Say that the control socket came to its end."""
         self.gone = True
 
+    def traffic(self) -> tuple[int, int]:
+        """See Channel."""
+        with contextlib.suppress(RingClosed):
+            stats = self.ring.stats()
+            self._traffic = stats["bytes_sent"], stats["bytes_received"]
+        return self._traffic
+
     def close(self) -> None:
         """See Channel."""
+        self.traffic()
         with contextlib.suppress(RingClosed):
             self.ring.set_peer_fd(-1)
         self.ring.close()
@@ -172,6 +185,7 @@ class TcpChannel(Channel):
             None  # a frame that does not fit the buffer, as far as it came
         )
         self._large_to = self._large_size = 0
+        self._bytes_sent = self._bytes_received = 0
 
     # ------------------------------------------------------------ sending
 
@@ -190,6 +204,8 @@ class TcpChannel(Channel):
             pass
         except OSError as error:
             raise PeerLost(f"sending failed: {error.strerror}") from error
+        finally:
+            self._bytes_sent += sent
         return sent
 
     def send(self, parts: Parts | bytes, timeout: float | None) -> None:
@@ -271,6 +287,7 @@ class TcpChannel(Channel):
             raise PeerLost(f"receiving failed: {error.strerror}") from error
         if n == 0:
             raise PeerLost("the peer closed the connection or died")
+        self._bytes_received += n
         return n
 
     def take_rest(self) -> bytes:
@@ -293,6 +310,10 @@ class TcpChannel(Channel):
 
     def quiet(self) -> None:
         """See Channel; reading is what makes a socket quiet."""
+
+    def traffic(self) -> tuple[int, int]:
+        """See Channel."""
+        return self._bytes_sent, self._bytes_received
 
     def close(self) -> None:
         """See Channel."""

@@ -161,6 +161,11 @@ class Client:
         )
         return Client(self._link, options)
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received in messages so far, handshakes left out; calls from asyncio are not counted."""
+        return self._link.traffic()
+
     def close(self) -> None:
         """End the connection; calls under way fail with PeerLost. Idempotent."""
         self._link.close()

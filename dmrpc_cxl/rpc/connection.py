@@ -16,6 +16,7 @@ from ..errors import (
     DmError,
     InterfaceMismatch,
     PeerLost,
+    RefConsumed,
     RemoteProtocolError,
 )
 from ..host import Host
@@ -98,6 +99,12 @@ class Connection:
                 )
             else:
                 value = _only(pending.reader.read(self.host, frame))
+        except (
+            RefConsumed
+        ):  # the server has ended, and what it held came back before it was read here
+            failure = PeerLost(
+                f"{self.service}.{pending.method}: the service ended before its result was taken"
+            )
         except DmError as error:
             failure = error
         except ValueError as error:  # not of the annotated type

@@ -1,9 +1,12 @@
-"""A load balancer that passes calls on as they are.
+"""A load balancer, or a gate, that passes calls on as they are.
 
 Frames are passed on by native code (Relay; csrc/relay.c says how): it reads headers only, payload is neither decoded nor
 copied to anywhere but the next connection, and DM is never touched. A Ref in a call stays its sender's until the backend
 accepts it, so a forwarder that dies takes nothing with it. A reply that can no longer be delivered is handed back to its
 backend with DISCARD, which drops its Refs.
+
+Python is asked about a call only where somebody gave a function for that. It sees the plain values of the message and says
+where the call goes, or raises; the frame itself stays where it is.
 
 What is here happens to connections, not to frames: listening, handshakes, finding backends again, and what to say when one is
 lost. One thread does it, and runs the relay in between. A second one exists while a backend is missing, and tries to
@@ -17,12 +20,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
-from .._native import RELAY_BROKE, RELAY_ENDED, RELAY_FD, RELAY_LEAVING, Relay
+from .._native import RELAY_BROKE, RELAY_CALL, RELAY_ENDED, RELAY_FD, RELAY_LEAVING, Relay
 from ..errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -30,27 +33,31 @@ from ..errors import (
     ForkedError,
     InterfaceMismatch,
     Overloaded,
-    PeerError,
     PeerLost,
     RemoteProtocolError,
     ServiceExists,
     ServiceNotFound,
+    WrongArguments,
 )
 from ..host import Host
-from . import endpoint, frames
+from . import endpoint
 from .channel import Channel, RingChannel, TcpChannel
 from .client import Client
-from .endpoint import RING_BYTES, Handshake, error_frame, listen_tcp, listen_unix
+from .door import Door
+from .endpoint import RING_BYTES, error_frame
 from .forks import not_for_children, release
 from .frames import Code, Welcome
 from .link import Backoff
+from .passing import Passing
 
-__all__ = ["Forwarder"]
+__all__ = ["Forwarder", "Policy", "Route"]
+
+Policy: TypeAlias = Literal["least-loaded", "round-robin"]
+Route: TypeAlias = Callable[[Passing], str | None]
 
 log = logging.getLogger("dmrpc.rpc")
 
 MAX_BACKLOG_BYTES = 256 << 20
-MAX_HANDSHAKES = 256
 
 
 class _Peer:
@@ -69,16 +76,30 @@ def published_once(host: Host, name: str) -> None:
             raise ServiceExists(f"this host serves {name!r} already")
 
 
-class Forwarder:
-    """Serves under a name by passing every call on to the least loaded of several services with the same methods.
+# What the function that decides may raise besides errors of its own, which arrive as those of methods do.
+_CODES: dict[type[BaseException], Code] = {
+    WrongArguments: Code.BAD_ARGUMENTS,
+    RemoteProtocolError: Code.BAD_ARGUMENTS,
+    AccessDenied: Code.NOT_ALLOWED,
+    Overloaded: Code.OVERLOADED,
+    PeerLost: Code.PEER,
+}
 
-    Load is the number of calls without reply; among equals they take turns. A backend that dies is left out, its calls fail
-    with PeerLost, and it is tried again with growing pauses.
+
+class Forwarder:
+    """Serves under a name by passing every call on to one of several services with the same methods.
+
+    A backend that dies is left out, its calls fail with PeerLost, and it is tried again with growing pauses.
 
     Args:
         host: whose name service is used; the process needs no DM of its own.
         name: to publish.
         backends: names of services.
+        policy: "least-loaded", the one with the fewest calls without reply, among equals in turn; "round-robin", strictly in
+            turn, whatever their load.
+        route: called with each call, a Passing, in the thread that passes calls on: it must not wait. It returns the name
+            of a backend, or None to leave it to the policy. What it raises is raised in the caller, and the call goes
+            nowhere: its Refs are the caller's again.
         tcp: where to listen; None: rings only.
         max_outstanding: calls under way in all; more are refused as Overloaded.
 
@@ -95,6 +116,8 @@ class Forwarder:
         name: str,
         backends: Sequence[str],
         *,
+        policy: Policy = "least-loaded",
+        route: Route | None = None,
         transport: endpoint.Transport = "auto",
         tcp: str | tuple[str, int] | None = "127.0.0.1",
         max_outstanding: int = 4096,
@@ -104,13 +127,16 @@ class Forwarder:
     ) -> None:
         if not backends:
             raise ValueError("a forwarder needs the name of one backend at least")
+        if policy not in ("least-loaded", "round-robin"):
+            raise ValueError(f"policy: 'least-loaded' or 'round-robin', not {policy!r}")
         self.host = host
         self.name = name
         self._names = list(dict.fromkeys(backends))
+        self._route = route
         self._transport: endpoint.Transport = transport
         self._connect_timeout = connect_timeout
         self._max_connections = max_connections
-        self._ring_bytes = ring_bytes
+        self.counts: collections.Counter[str] = collections.Counter()  # of clients sent away
         self._peers: dict[int, _Peer] = {}
         self._backends: dict[str, _Peer] = {}  # those that are given calls
         self._forwarded_before: collections.Counter[str] = collections.Counter()
@@ -122,7 +148,6 @@ class Forwarder:
         self._enough = threading.Event()  # no more seeking
         self._published = False
         self._forked = False
-        self._handshakes: dict[int, Handshake] = {}
         self._stopping = False
         self._welcome: Welcome | None = None
         self._relay = Relay(
@@ -133,8 +158,20 @@ class Forwarder:
                 0, Code.OVERLOADED, Overloaded(f"{name} has as many calls under way as it takes")
             ),
             error_frame(0, Code.PEER, PeerLost(f"{name}: no backend can be reached")),
+            in_turn=policy == "round-robin",
+            asks=route is not None,
         )
-        self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        self._door = Door(
+            host,
+            name,
+            self._told,
+            ring_bytes,
+            watch=self._relay.watch,
+            unwatch=self._relay.unwatch,
+            full=self._is_full,
+            enter=lambda channel: self._add(channel, None),
+            counts=self.counts,
+        )
         try:
             self._begin(tcp)
         except BaseException:
@@ -170,17 +207,7 @@ class Forwarder:
         if not self._backends:
             assert failure is not None
             raise failure
-        unix, ring_name = listen_unix(self.host.fabric)
-        self._listen(unix, "ring")
-        address = None
-        if tcp is not None:
-            where = (tcp, 0) if isinstance(tcp, str) else tcp
-            try:
-                sock, address = listen_tcp(*where)
-            except OSError as error:
-                raise PeerError(f"cannot listen on {where}: {error}") from error
-            self._listen(sock, "tcp")
-        self.endpoint = {"protocol": frames.PROTOCOL, "ring": ring_name, "tcp": address}
+        self.endpoint = self._door.open(tcp)
 
     @property
     def published(self) -> bool:
@@ -217,9 +244,14 @@ class Forwarder:
 
     # ------------------------------------------------------------ connections
 
-    def _listen(self, sock: socket.socket, kind: str) -> None:
-        self._listeners[sock.fileno()] = (sock, kind)
-        self._relay.watch(sock.fileno())
+    def _told(self) -> Welcome:
+        assert self._welcome is not None
+        return self._welcome
+
+    def _is_full(self) -> str | None:
+        if len(self._peers) - len(self._backends) < self._max_connections:
+            return None
+        return f"{self.name} has {self._max_connections} connections already"
 
     def _add(self, channel: Channel, backend: str | None) -> _Peer:
         if isinstance(channel, RingChannel):
@@ -320,13 +352,13 @@ class Forwarder:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                what, key, text = self._relay.run(0.05 if self._handshakes else None)
+                what, key, text = self._relay.run(0.05 if self._door.nr_handshakes else None)
                 try:
                     self._event(what, key, text)
                     if self._found:
                         self._take_found()
-                    if self._handshakes:
-                        self._expire()
+                    if self._door.nr_handshakes:
+                        self._door.expire()
                 except Exception:
                     log.exception("%s: the forwarder stumbled", self.name)
                     peer = self._peers.get(key)
@@ -338,11 +370,11 @@ class Forwarder:
             self._end()
 
     def _event(self, what: int, key: int, text: str) -> None:
+        if what == RELAY_CALL:
+            self._decide()
+            return
         if what == RELAY_FD:
-            if key in self._listeners:
-                self._accept(*self._listeners[key])
-            elif key in self._handshakes:
-                self._shake(key)
+            self._door.readable(key)
             return
         peer = self._peers.get(key)
         if peer is None:
@@ -355,59 +387,30 @@ class Forwarder:
             log.warning("%s: closing a connection: %s", self.name, text)
             self._close(peer, text, error_frame(0, Code.VERSION, RemoteProtocolError(text)))
 
-    # ------------------------------------------------------------ accepting
-
-    def _accept(self, listener: socket.socket, kind: str) -> None:
+    def _decide(self) -> None:
+        """Ask where a call is to go, and send it there, or back."""
+        assert self._route is not None
+        assert self._welcome is not None
+        number, flags, left_us, meta, body = self._relay.call()
+        methods = self._welcome.methods
         try:
-            sock, _ = listener.accept()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                log.warning("%s: cannot accept: %s", self.name, error)
-            return
-        handshake = Handshake(sock, kind)
-        if len(self._handshakes) >= MAX_HANDSHAKES:
-            handshake.channel.close()
-            return
-        self._handshakes[sock.fileno()] = handshake
-        self._relay.watch(sock.fileno())
-
-    def _shake(self, fd: int) -> None:
-        handshake = self._handshakes[fd]
-        try:
-            hello = handshake.read(self.host)
-            if hello is None:
+            if number >= len(methods):
+                name = None  # the backend says that it has no such method
+            else:
+                name = self._route(Passing(methods[number].name, flags, left_us, meta, body))
+            if name is None:
+                self._relay.pass_on()
                 return
-            self._forget(fd)
-            if hello.service != self.name:
-                handshake.refuse(
-                    Code.UNKNOWN_SERVICE, PeerError(f"{hello.service!r} is not served here")
-                )
+            peer = self._backends.get(name)
+            if peer is not None:
+                self._relay.pass_on(peer.key)
                 return
-            if len(self._peers) - len(self._backends) >= self._max_connections:
-                full = Overloaded(f"{self.name} has {self._max_connections} connections already")
-                handshake.refuse(Code.OVERLOADED, full)
-                return
-            assert self._welcome is not None
-            self._add(handshake.welcome(self._welcome, self._ring_bytes), None)
-        except (AccessDenied, InterfaceMismatch) as error:
-            self._forget(fd)
-            handshake.refuse(
-                Code.DENIED if isinstance(error, AccessDenied) else Code.VERSION, error
-            )
-        except (DmError, OSError):
-            self._forget(fd)
-            handshake.channel.close()
-
-    def _forget(self, fd: int) -> None:
-        if self._handshakes.pop(fd, None) is not None:
-            self._relay.unwatch(fd)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for fd, handshake in list(self._handshakes.items()):
-            if now > handshake.give_up:
-                self._forget(fd)
-                handshake.channel.close()
+            if name not in self._names:
+                raise LookupError(f"{self.name} has no backend {name!r}")
+            raise PeerLost(f"{self.name}: backend {name} cannot be reached")
+        except Exception as error:
+            code = next((c for kind, c in _CODES.items() if isinstance(error, kind)), Code.REMOTE)
+            self._relay.refuse(error_frame(0, code, error))
 
     # ------------------------------------------------------------ the end
 
@@ -437,10 +440,7 @@ class Forwarder:
         for peer in list(self._peers.values()):
             self._close(peer, "stopped")
         self._drop_found()
-        for sock, _ in self._listeners.values():
-            sock.close()
-        for handshake in self._handshakes.values():
-            handshake.channel.close()
+        self._door.close()
         self._relay.close()
 
     def _drop_found(self) -> None:
@@ -450,10 +450,7 @@ class Forwarder:
     def _after_fork(self) -> None:
         """In a child: let go of descriptors, or peers would not notice when the parent ends."""
         self._forked = self._stopping = True
-        for sock, _ in self._listeners.values():
-            sock.close()
-        for handshake in list(self._handshakes.values()):
-            handshake.channel.socket.close()
+        self._door.after_fork()
         for peer in list(self._peers.values()):
             release(peer.channel)
 

@@ -211,6 +211,9 @@ def read_error(frame: Frame) -> ErrorBody:
 
 def read_meta(frame: Frame) -> dict[str, str]:
     """Read the metadata of a CALL."""
-    if not frame.meta_bytes:
-        return {}
-    return _decode(_meta, frame.meta, "metadata")
+    return read_meta_bytes(frame.meta) if frame.meta_bytes else {}
+
+
+def read_meta_bytes(meta: bytes | memoryview) -> dict[str, str]:
+    """Read metadata."""
+    return _decode(_meta, meta, "metadata") if meta else {}

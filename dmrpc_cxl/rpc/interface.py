@@ -15,7 +15,7 @@ from .marshal import Reader
 __all__ = ["Bound", "Interface"]
 
 MISSING = type("Missing", (), {"__slots__": ()})()  # the caller left it to the method's default
-RESERVED = frozenset({"aio", "close", "future", "using"})  # what clients have themselves
+RESERVED = frozenset({"aio", "close", "future", "traffic", "using"})  # what clients have themselves
 _ALLOWED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 

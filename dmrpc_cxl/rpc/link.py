@@ -120,6 +120,10 @@ def check_interface(service: str, welcome: Welcome, interface: Interface) -> Non
             )
 
 
+def _sum(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return a[0] + b[0], a[1] + b[1]
+
+
 class Backoff:
     """Growing pauses between attempts, with jitter."""
 
@@ -159,6 +163,7 @@ class Link:
         self._lock = threading.Lock()
         self.connection: SyncConnection | None = None
         self._parted: list[SyncConnection] = []  # replaced, with calls under way
+        self._past_traffic = (0, 0)  # of connections that were closed
         self.table: MethodTable | None = None  # of the newest connection
         self.asyncs: weakref.WeakSet[AsyncMethods] = weakref.WeakSet()
         not_for_children(self)
@@ -215,8 +220,22 @@ class Link:
         """Close connections that were replaced, once their last calls have ended. Context: _lock held."""
         for connection in list(self._parted):
             if connection.lost is not None or not connection.pending:
-                connection.close(PeerLost(f"{self.service}: reconnecting"))
+                self._end_of(connection, PeerLost(f"{self.service}: reconnecting"))
                 self._parted.remove(connection)
+
+    def _end_of(self, connection: SyncConnection, why: PeerLost) -> None:
+        """Context: _lock held."""
+        connection.close(why)
+        self._past_traffic = _sum(self._past_traffic, connection.traffic())
+
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes sent and received over all connections for synchronous calls so far."""
+        with self._lock:
+            total = self._past_traffic
+            for connection in (*self._parted, self.connection):
+                if connection is not None:
+                    total = _sum(total, connection.traffic())
+            return total
 
     def _connect(self, deadline: float | None) -> SyncConnection:
         """Try until it works or the time is over: a service that restarts is back soon."""
@@ -252,7 +271,7 @@ class Link:
         gone = PeerLost(f"{self.service}: the client was closed")
         for connection in (*self._parted, self.connection):
             if connection is not None:
-                connection.close(gone)
+                self._end_of(connection, gone)
         self._parted.clear()
         self.connection = None
 

@@ -54,9 +54,17 @@ from ..errors import (
 from ..host import Host
 from . import frames
 from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
-from .ownership import Example, Moved, buffer_of_lonely, lonely_arrays, move, move_whole
+from .ownership import (
+    Example,
+    Moved,
+    buffer_of_lonely,
+    lonely_arrays,
+    move,
+    move_whole,
+    pass_on,
+)
 
-__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move"]
+__all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move", "pass_on"]
 
 Transfer: TypeAlias = Literal["auto", "value", "ref", "copy"]
 Serializer: TypeAlias = Literal["msgpack", "pickle"]
@@ -424,7 +432,8 @@ class _Incoming:
             if code == BLOB:
                 return self._blob(*_unpack_blob(data))
             if code == REF:
-                ref = Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept()
+                # Anew: its sender, which drops what was not accepted, may be this host as well.
+                ref = Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept(anew=True)
                 crash_point("value_accepted")
                 return ref
             raise RemoteProtocolError(f"a value of unknown extension type {code}")

@@ -27,7 +27,15 @@ import numpy as np
 from .._native import Buffer, Ref
 from ..errors import BadAddress, BufferInUse
 
-__all__ = ["Example", "Moved", "buffer_of_lonely", "lonely_arrays", "move", "move_whole"]
+__all__ = [
+    "Example",
+    "Moved",
+    "buffer_of_lonely",
+    "lonely_arrays",
+    "move",
+    "move_whole",
+    "pass_on",
+]
 
 
 class Moved:
@@ -147,6 +155,22 @@ def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
     if sys.getrefcount(target) > _TARGET and _has_memoryviews(target):
         raise BufferInUse("move: a memoryview of this array is alive")
     return move_whole(target, _buffer_of(target))
+
+
+def pass_on(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | Moved:
+    """Return what to send instead of an array that was received and is not needed here any more.
+
+    ``service.method(pass_on(array))`` hands over the Ref that the array came by, as move() does. One that came in the message
+    has none, and one that is still looked at keeps it: those are returned as they are, and sent as any other array.
+
+    Paper: IV.
+    """
+    # Asked through its references alone: an array whose buffer was asked for is one that memoryviews may show.
+    if type(array) is not np.ndarray or _counts_to_buffer(array) is None:
+        return array
+    if _has_memoryviews(array):
+        return array
+    return move_whole(array, _buffer_of(array))
 
 
 def move_whole(array: np.ndarray[Any, Any], buffer: Buffer) -> Moved:

@@ -12,6 +12,7 @@ import contextlib
 import select
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .client import Prepared
     from .link import MethodTable
 
-__all__ = ["CallFuture", "SyncConnection", "SyncPending", "await_nested"]
+__all__ = ["CallFuture", "SyncConnection", "SyncPending", "await_nested", "first_done"]
 
 SLICE_SECONDS = 0.1  # longest sleep of a thread that waits: another one may cancel its call
 _head, _parse = frames.head, frames.parse
@@ -53,6 +54,12 @@ class SyncConnection(Connection):
         self.read_lock = threading.Lock()
         self.turn = threading.Condition()  # for threads that wait while another one reads
         self.nr_followers = 0
+        self._shaken = channel.traffic()  # what the handshake took
+
+    def traffic(self) -> tuple[int, int]:
+        """Return the bytes sent and received in messages."""
+        (sent, received), (first_sent, first_received) = self.channel.traffic(), self._shaken
+        return sent - first_sent, received - first_received
 
     def send_short(self, frame: bytes) -> None:
         """See Connection. Never waits: not for another thread that sends, nor for the server to read.
@@ -359,3 +366,69 @@ def await_nested(pending: SyncPending, timeout: float | None = None) -> None:
         connection.await_(pending, timeout)
     finally:
         forget()
+
+
+class _AnyOf:
+    """Several calls, waited for as if they were one that ends with the first of them."""
+
+    __slots__ = ("deadline", "pendings")
+
+    def __init__(self, pendings: list[SyncPending]) -> None:
+        self.pendings = pendings
+        self.deadline = None  # each of them has its own: see first_done()
+
+    @property
+    def done(self) -> bool:
+        return any(pending.done for pending in self.pendings)
+
+
+def first_done(futures: Sequence[CallFuture], timeout: float | None = None) -> CallFuture:
+    """Wait until one of several calls has ended, and return it; of those that have, the first in the list.
+
+    Args:
+        futures: calls of one client.
+        timeout: seconds; None: until their own deadlines.
+
+    Raises:
+        TimeoutError: timeout is over, and none has ended.
+        ValueError: none was given, or some are of another client.
+    """
+    give_up = None if timeout is None else _monotonic() + timeout
+    call = _current.get()
+    if call is not None and call.about_to_block is not None:
+        call.about_to_block()
+    while True:
+        for future in futures:
+            if future._pending.done:
+                return future
+        if call is not None:
+            call.check()
+        now = _monotonic()
+        if give_up is not None and now >= give_up:
+            raise concurrent.futures.TimeoutError(f"no call of {len(futures)} ended in {timeout} s")
+        _await_some([future._pending for future in futures], now, give_up, call is not None)
+        for future in futures:
+            if future._pending.done:
+                return future
+        for future in futures:
+            future.done()  # gives up on one that is late
+
+
+def _await_some(
+    pendings: list[SyncPending], now: float, give_up: float | None, nested: bool
+) -> None:
+    """Wait for the first of some calls, or until there is reason to look around."""
+    connections = {pending.connection for pending in pendings}
+    if len({connection.service for connection in connections}) != 1:
+        raise ValueError("first_done: calls of one client, at least one")
+    ends = [pending.deadline for pending in pendings if pending.deadline is not None]
+    if give_up is not None:
+        ends.append(give_up)
+    if nested:  # the call that is being served may be cancelled
+        ends.append(now + SLICE_SECONDS)
+    if len(connections) > 1:  # a client that reconnects has two for a while
+        ends.append(now + SLICE_SECONDS / 100)
+    left = max(0.0, min(ends) - now) if ends else None
+    for connection in connections:
+        mine = _AnyOf([pending for pending in pendings if pending.connection is connection])
+        connection.await_(mine, left)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ on to the least loaded worker and never sees a pixel; the worker counts a histog
 and returns it. Only the pages of the band are copied, by copy-on-write; the client's own picture stays as it was, which it
 checks, along with every result.
 
-``scripts/run_fabric.sh`` or ``python -m examples.photos`` runs it. Map of the package:
+``python -m examples.photos`` runs it. Map of the package:
 
     picture.py                        the photographs, and what is done to them; knows nothing of DM
     service.py                        what the three say to each other: plain classes

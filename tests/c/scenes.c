@@ -66,7 +66,7 @@ static struct dm_ref_wire shared(struct scene *s, uint32_t nr) {
     struct dm_ref_wire w = moved(s->other, allocated(s->other, nr));
     struct dm_ref_wire a = cloned(s->other, &w), b = cloned(s->other, &w);
     (void)mapped(s->other, &a);
-    EXPECT_OK(dm_ref_accept(s->h, &b, &err), &err);
+    EXPECT_OK(dm_ref_accept(s->h, &b, false, &err), &err);
     return b;
 }
 
@@ -210,6 +210,11 @@ static void buffer_received_from_other(struct scene *s) {
     s->id = mapped(s->h, &w); /* exclusive, and the frame words name the other host */
 }
 
+static void run_on_its_way_home(struct scene *s) {
+    struct dm_ref_wire w = moved(s->h, allocated(s->h, 4));
+    EXPECT_OK(dm_rfree(s->other, mapped(s->other, &w), &err), &err);
+}
+
 /* Refcount 1, in the shared window, not known to be exclusive. */
 static void mapping_shared_by_nobody_any_more(struct scene *s) {
     struct dm_ref_wire w = moved(s->h, allocated(s->h, 4)), copy = cloned(s->h, &w);
@@ -221,7 +226,7 @@ static void mapping_shared_by_nobody_any_more(struct scene *s) {
 static void shared_scattered_ref(struct scene *s) {
     s->ref = moved(s->h, scattered(s->h, MANY));
     struct dm_ref_wire copy = cloned(s->h, &s->ref);
-    EXPECT_OK(dm_ref_accept(s->other, &copy, &err), &err);
+    EXPECT_OK(dm_ref_accept(s->other, &copy, false, &err), &err);
 }
 
 static void shared_scattered_mapping(struct scene *s) {
@@ -232,7 +237,7 @@ static void shared_scattered_mapping(struct scene *s) {
 static void shared_long_ref(struct scene *s) {
     s->ref = chain(s->h);
     struct dm_ref_wire copy = cloned(s->h, &s->ref);
-    EXPECT_OK(dm_ref_accept(s->other, &copy, &err), &err);
+    EXPECT_OK(dm_ref_accept(s->other, &copy, false, &err), &err);
 }
 
 static void ref_of_other(struct scene *s) {
@@ -312,7 +317,7 @@ static void shared_mapping_written_in_order(struct scene *s) {
 static void mapping_soon_shared_by_nobody(struct scene *s) {
     s->ref = moved(s->h, allocated(s->h, 4));
     s->others = cloned(s->h, &s->ref);
-    EXPECT_OK(dm_ref_accept(s->other, &s->others, &err), &err);
+    EXPECT_OK(dm_ref_accept(s->other, &s->others, false, &err), &err);
     s->handed = s->others.entry;
     s->id = mapped(s->h, &s->ref);
     as_if_written_in_order(s);
@@ -374,7 +379,7 @@ static int map_ref_copy(struct scene *s) {
 }
 static int clone_ref(struct scene *s) { return dm_ref_clone(s->h, &s->ref, true, &s->out, &err); }
 static int drop_ref(struct scene *s) { return dm_ref_drop(s->h, &s->ref, &err); }
-static int accept_ref(struct scene *s) { return dm_ref_accept(s->h, &s->ref, &err); }
+static int accept_ref(struct scene *s) { return dm_ref_accept(s->h, &s->ref, false, &err); }
 static int give_back(struct scene *s) { return dm_give_back(s->h, &s->h->link, 2, &err); }
 static int store(struct scene *s) { /* what the fault handler does for a store to the first page */
     struct dm_stray none = {0};
@@ -388,6 +393,7 @@ static void other_lets_go(struct scene *s) {
 const struct scenario scenarios[] = {
     {"ralloc", 0, 0, nothing_more, ralloc, NULL},
     {"ralloc of fragments", 0, 0, pool_in_pieces, ralloc, NULL},
+    {"ralloc of a run that comes home", 0, 0, run_on_its_way_home, ralloc, NULL},
     {"ralloc(lazy)", SCENE_UFFD, 0, nothing_more, ralloc_lazy, NULL},
     {"rfree, exclusive", 0, 0, own_buffer, rfree, NULL},
     {"rfree, exclusive, received", 0, 0, buffer_received_from_other, rfree, NULL},

@@ -218,6 +218,33 @@ static void every_step_of_a_recovery_has_its_label(void) {
     check_doing[0] = 0;
 }
 
+/* Home dies as soon as the first word says that its frame is coming. */
+static void lose_home(void *arg) {
+    (void)arg;
+    for (uint32_t pfn = 0; pfn < SCENE_FRAMES; pfn++)
+        if (dm_frame_coming(dev.frames[pfn])) {
+            stores_unwatch();
+            dev.hosts[SCENE_OTHER - 1].state = DM_HOST_DEAD;
+            return;
+        }
+}
+
+static void operate_without_home(const struct scenario *what) {
+    struct scene s;
+    scene_prepare(&s, &dev, what);
+    stores_watch(dev.base, tables_bytes(), lose_home, NULL);
+    EXPECT_EQ(what->operate(&s), what->status);
+    EXPECT_EQ(dev.hosts[SCENE_OTHER - 1].state, DM_HOST_DEAD);
+}
+
+static void frames_are_taken_back_when_home_dies(void) {
+    uint64_t back = record->passes[DM_CRASH_home_taken_back];
+    for (unsigned i = 0; i < nr_scenarios; i++)
+        if (!strcmp(scenarios[i].name, "rfree, exclusive, received"))
+            EXPECT(in_child(operate_without_home, &scenarios[i]));
+    EXPECT(record->passes[DM_CRASH_home_taken_back] > back);
+}
+
 static void every_step_of_a_service_has_its_label(void) {
     struct dm_service what = {
         .host = SCENE_OTHER, .incarnation = 7, .name_bytes = 4, .endpoint_bytes = 900};
@@ -338,6 +365,7 @@ int main(void) {
     memcpy(before, dev.base, tables_bytes());
     HOLDS(every_step_of_an_operation_has_its_label);
     HOLDS(every_step_of_a_recovery_has_its_label);
+    HOLDS(frames_are_taken_back_when_home_dies);
     HOLDS(every_step_of_a_service_has_its_label);
     HOLDS(every_step_of_a_coordinator_has_its_label);
     HOLDS(every_step_of_a_repair_has_its_label);

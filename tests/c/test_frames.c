@@ -25,7 +25,7 @@ _Static_assert(sizeof(dm_frame_pack(0, 0, 0)) == 8, "a frame word is one atomic 
 _Static_assert(sizeof(dm_frame_refcount(0)) == 4, "32 bits of refcount");
 _Static_assert(sizeof(dm_frame_owner(0)) == 2, "16 bits of owner");
 _Static_assert(sizeof(dm_frame_seq(0)) == 2, "16 bits of sequence");
-_Static_assert(DM_MAX_HOSTS <= UINT16_MAX, "an owner names any host");
+_Static_assert(DM_MAX_HOSTS < DM_COMING, "an owner names any host");
 _Static_assert(DM_REFCOUNT_MAX <= UINT32_MAX - 2 * DM_MAX_HOSTS,
                "hosts that overrun the limit at once do not carry into the owner");
 _Static_assert((DM_PTE_PRESENT & DM_PTE_HEAD) == 0 && (DM_PTE_PRESENT & DM_PTE_HOLE) == 0 &&
@@ -53,7 +53,8 @@ static void fields_of_a_frame_word_do_not_touch_each_other(void) {
             for (unsigned s = 0; s < NR(values16); s++) {
                 uint64_t word = dm_frame_pack(values32[c], values16[o], values16[s]);
                 EXPECT_EQ(dm_frame_refcount(word), values32[c]);
-                EXPECT_EQ(dm_frame_owner(word), values16[o]);
+                EXPECT_EQ(dm_frame_owner(word), values16[o] & 0x7fff);
+                EXPECT_EQ(dm_frame_coming(word), values16[o] >> 15);
                 EXPECT_EQ(dm_frame_seq(word), values16[s]);
             }
     EXPECT_EQ(dm_frame_pack(0, 0, 0), 0); /* a formatted device: all frames the pool's */

@@ -55,7 +55,7 @@ static void expect_refused(const struct dm_ref_wire *w, int status) {
     for (int i = 0; i < 2; i++) {
         struct dm_ref_wire copy = *w, out;
         uint32_t id = 0;
-        EXPECT_EQ(dm_ref_accept(hosts[i], &copy, &err), status);
+        EXPECT_EQ(dm_ref_accept(hosts[i], &copy, false, &err), status);
         EXPECT_EQ(dm_ref_clone(hosts[i], &copy, false, &out, &err), status);
         EXPECT_EQ(dm_ref_drop(hosts[i], &copy, &err), status);
         EXPECT_EQ(dm_map_ref(hosts[i], &copy, 0, true, &id, &err), status);
@@ -88,13 +88,23 @@ static void a_ref_is_used_up_by_mapping_and_by_dropping(void) {
 
 static void the_bytes_are_stale_once_another_holder_accepted(void) {
     struct dm_ref_wire sent = moved(a, 2), got = sent;
-    EXPECT_OK(dm_ref_accept(b, &got, &err), &err);
+    EXPECT_OK(dm_ref_accept(b, &got, false, &err), &err);
     EXPECT_EQ(dm_ref_holder(dev.refs[got.entry].state), b->id);
     expect_refused(&sent, DM_ERR_REF_CONSUMED);
     struct dm_ref_wire again = got;
-    EXPECT_OK(dm_ref_accept(b, &again, &err), &err); /* by who holds it already: nothing changes */
+    EXPECT_OK(dm_ref_accept(b, &again, false, &err),
+              &err); /* by who holds it already: nothing changes */
     EXPECT(!memcmp(&again, &got, sizeof got));
     dropped(b, &got);
+}
+
+static void a_holder_that_accepts_anew_makes_its_own_bytes_stale(void) {
+    struct dm_ref_wire sent = moved(a, 2), got = sent;
+    EXPECT_OK(dm_ref_accept(a, &got, true, &err), &err);
+    EXPECT_EQ(dm_ref_holder(dev.refs[got.entry].state), a->id);
+    EXPECT_EQ(dm_ref_flags(dev.refs[got.entry].state), DM_REF_EXCLUSIVE);
+    expect_refused(&sent, DM_ERR_REF_CONSUMED);
+    dropped(a, &got);
 }
 
 static void a_ref_under_clone_is_busy_not_gone(void) {
@@ -189,9 +199,11 @@ static void a_clone_adds_one_count_and_ends_exclusiveness(void) {
 }
 
 static void who_drops_last_gets_the_frames(void) {
+    dm_welcome_home(a);
+    dm_welcome_home(b);
     uint32_t of_a = a->free.nr_free, of_b = b->free.nr_free;
     struct dm_ref_wire w = moved(a, 5), copy = cloned(a, &w);
-    EXPECT_OK(dm_ref_accept(b, &copy, &err), &err);
+    EXPECT_OK(dm_ref_accept(b, &copy, false, &err), &err);
     dropped(a, &w);
     EXPECT_EQ(a->free.nr_free, of_a - 5);
     dropped(b, &copy);
@@ -285,6 +297,7 @@ int main(void) {
     by_hand_grant(b, 32, 32);
     HOLDS(a_ref_is_used_up_by_mapping_and_by_dropping);
     HOLDS(the_bytes_are_stale_once_another_holder_accepted);
+    HOLDS(a_holder_that_accepts_anew_makes_its_own_bytes_stale);
     HOLDS(a_ref_under_clone_is_busy_not_gone);
     HOLDS(a_ref_with_any_flipped_bit_is_refused);
     HOLDS(a_forged_ref_is_told_from_a_used_one);

@@ -243,6 +243,141 @@ static void the_least_loaded_gets_the_call_and_equals_take_turns(void) {
     end(&c);
 }
 
+static void in_turn_means_whatever_their_load(void) {
+    struct scene c = begin(100, 1 << 20);
+    dm_relay_set_policy(c.y, DM_RELAY_IN_TURN, false);
+    struct party a = join(&c, DM_CLIENT, true);
+    struct party s = join(&c, DM_BACKEND, true), t = join(&c, DM_BACKEND, false);
+    for (uint64_t i = 1; i <= 4; i++) {
+        put_head(&a, DM_FRAME_CALL, 2 * i - 1, 0);
+        put_head(&a, DM_FRAME_CALL, 2 * i, 0);
+        expect(&c, &s, DM_FRAME_CALL, i);
+        expect(&c, &t, DM_FRAME_CALL, i);
+        put_head(&t, DM_FRAME_REPLY, i, 0); /* the other one keeps its own */
+        expect(&c, &a, DM_FRAME_REPLY, 2 * i);
+    }
+    put_head(&s, DM_FRAME_GOAWAY, 0, 0);
+    expect_event(&c, DM_RELAY_LEAVING, &s, "");
+    for (uint64_t i = 9; i <= 11; i++) {
+        put_head(&a, DM_FRAME_CALL, i, 0);
+        expect(&c, &t, DM_FRAME_CALL, i - 4);
+    }
+    leave(&c, &a);
+    leave(&c, &t);
+    leave(&c, &s);
+    end(&c);
+}
+
+/* ---------------------------------------------------------------- asking about each call */
+
+static struct scene begin_asking(void) {
+    struct scene c = begin(10, 1 << 20);
+    dm_relay_set_policy(c.y, DM_RELAY_LEAST_LOADED, true);
+    return c;
+}
+
+/* The next call that is asked about, which is that client's. */
+static uint64_t asked(struct scene *c, const struct party *p) {
+    expect_event(c, DM_RELAY_CALL, p, "");
+    return c->y->asked_header.call_id;
+}
+
+static void a_call_goes_where_the_answer_says(void) {
+    EACH(over_ring) {
+        struct scene c = begin_asking();
+        struct party a = join(&c, DM_CLIENT, over_ring), b = join(&c, DM_CLIENT, !over_ring);
+        struct party s = join(&c, DM_BACKEND, over_ring), t = join(&c, DM_BACKEND, !over_ring);
+        for (uint64_t i = 1; i <= 3; i++)
+            put_head(&a, DM_FRAME_CALL, i, 1);
+        for (uint64_t i = 1; i <= 3; i++) {
+            EXPECT_EQ(asked(&c, &a), i);
+            EXPECT_EQ(asked(&c, &a), i); /* it is asked until there is an answer */
+            EXPECT(dm_relay_answer(c.y, t.key, NULL) == DM_OK);
+            EXPECT_EQ(expect(&c, &t, DM_FRAME_CALL, i).nr_refs, 1);
+        }
+        EXPECT(dm_relay_answer(c.y, t.key, NULL) == DM_ERR_BAD_ADDRESS);
+        put_head(&b, DM_FRAME_CALL, 1, 0);
+        asked(&c, &b);
+        EXPECT(dm_relay_answer(c.y, 0, NULL) == DM_OK); /* by policy: the other one has three */
+        expect(&c, &s, DM_FRAME_CALL, 1);
+        put_head(&t, DM_FRAME_REPLY, 2, 0);
+        expect(&c, &a, DM_FRAME_REPLY, 2);
+        EXPECT_EQ(c.y->nr_waiting, 3);
+        leave(&c, &a);
+        leave(&c, &b);
+        leave(&c, &s);
+        leave(&c, &t);
+        end(&c);
+    }
+}
+
+static void a_call_that_is_refused_goes_nowhere_and_the_next_is_asked_about(void) {
+    EACH(over_ring) {
+        struct scene c = begin_asking();
+        struct party a = join(&c, DM_CLIENT, over_ring), s = join(&c, DM_BACKEND, over_ring);
+        struct dm_frame refusal = error_frame(77);
+        put_head(&a, DM_FRAME_CALL, 5, 2);
+        put_head(&a, DM_FRAME_CALL, 6, 2);
+        EXPECT_EQ(asked(&c, &a), 5);
+        EXPECT(dm_relay_answer(c.y, 0, (char *)&refusal) == DM_OK);
+        expect_error(&c, &a, 5, 77);
+        EXPECT_EQ(asked(&c, &a), 6);
+        EXPECT(dm_relay_answer(c.y, 0, NULL) == DM_OK);
+        expect(&c, &s, DM_FRAME_CALL, 1);
+        EXPECT_EQ(c.y->nr_forwarded, 1);
+        put_head(&a, DM_FRAME_CALL, 7, 0);
+        asked(&c, &a);
+        EXPECT(dm_relay_answer(c.y, a.key, NULL) == DM_OK); /* that is no backend */
+        expect_error(&c, &a, 7, UNREACHABLE);
+        leave(&c, &a);
+        leave(&c, &s);
+        end(&c);
+    }
+}
+
+static void a_client_that_ends_is_asked_about_no_more(void) {
+    struct scene c = begin_asking();
+    struct party a = join(&c, DM_CLIENT, true), b = join(&c, DM_CLIENT, true);
+    struct party s = join(&c, DM_BACKEND, true);
+    put_head(&a, DM_FRAME_CALL, 1, 0);
+    asked(&c, &a);
+    leave(&c, &a);
+    EXPECT(dm_relay_answer(c.y, s.key, NULL) == DM_ERR_BAD_ADDRESS);
+    put_head(&b, DM_FRAME_CALL, 1, 0);
+    asked(&c, &b);
+    EXPECT(dm_relay_answer(c.y, s.key, NULL) == DM_OK);
+    expect(&c, &s, DM_FRAME_CALL, 1);
+    leave(&c, &b);
+    leave(&c, &s);
+    end(&c);
+}
+
+static void a_client_that_never_stops_calling_does_not_keep_others_from_being_asked_about(void) {
+    struct scene c = begin_asking();
+    struct party a = join(&c, DM_CLIENT, true), b = join(&c, DM_CLIENT, true);
+    struct party s = join(&c, DM_BACKEND, true);
+    struct dm_frame refusal = error_frame(77);
+    for (uint64_t i = 1; i <= 200; i++)
+        put_head(&a, DM_FRAME_CALL, i, 0);
+    asked(&c, &a);
+    put_head(&b, DM_FRAME_CALL, 1, 0);
+    int before_b = 0;
+    while (c.y->asked == dm_relay_peer(c.y, a.key)) {
+        EXPECT(before_b++ < 100);
+        EXPECT(dm_relay_answer(c.y, 0, (char *)&refusal) == DM_OK);
+        struct dm_relay_event v;
+        EXPECT_OK(dm_relay_run(c.y, DM_RING_NO_DEADLINE, &v, &e), &e);
+        EXPECT_EQ(v.what, DM_RELAY_CALL);
+    }
+    EXPECT(c.y->asked == dm_relay_peer(c.y, b.key));
+    EXPECT(dm_relay_answer(c.y, s.key, NULL) == DM_OK);
+    expect(&c, &s, DM_FRAME_CALL, 1);
+    leave(&c, &a);
+    leave(&c, &b);
+    leave(&c, &s);
+    end(&c);
+}
+
 static void a_client_that_ends_has_its_calls_cancelled_and_its_replies_discarded(void) {
     EACH(over_ring) {
         struct scene c = begin(10, 1 << 20);
@@ -578,6 +713,11 @@ int main(void) {
     rng = rng_start();
     HOLDS(calls_are_renumbered_and_come_back);
     HOLDS(the_least_loaded_gets_the_call_and_equals_take_turns);
+    HOLDS(in_turn_means_whatever_their_load);
+    HOLDS(a_call_goes_where_the_answer_says);
+    HOLDS(a_call_that_is_refused_goes_nowhere_and_the_next_is_asked_about);
+    HOLDS(a_client_that_ends_is_asked_about_no_more);
+    HOLDS(a_client_that_never_stops_calling_does_not_keep_others_from_being_asked_about);
     HOLDS(a_client_that_ends_has_its_calls_cancelled_and_its_replies_discarded);
     HOLDS(delivered_replies_are_remembered_up_to_a_limit);
     HOLDS(a_lost_backend_fails_its_calls_alone);

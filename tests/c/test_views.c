@@ -154,6 +154,8 @@ static void a_ref_under_clone_is_busy_not_gone(void) {
 }
 
 static void frames_freed_with_a_view_are_handed_out_again(void) {
+    dm_welcome_home(a);
+    dm_welcome_home(b);
     uint32_t of_a = a->free.nr_free, of_b = b->free.nr_free, id = 0;
     struct dm_ref_wire w = moved(a, 6), copy = cloned(a, &w);
     id = viewed(b, &copy);

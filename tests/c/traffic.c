@@ -182,7 +182,7 @@ static void receive(struct player *p) {
         return;
     switch (rng_below(&p->rng, 6)) {
     case 0:
-        if (WON(TRAFFIC_ACCEPT, dm_ref_accept(p->h, &w, &e)))
+        if (WON(TRAFFIC_ACCEPT, dm_ref_accept(p->h, &w, false, &e)))
             put(p, &w);
         break;
     case 1:

@@ -1,11 +1,13 @@
 """Crews of hosts for the tests in this folder: see tests/crews.py; services: see tests/rpc_services.py."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.crews import Crew, Crews
 from tests.rpc_services import Rpc, using_rpc
+from tests.runs import Start, starting, writing
 from tests.standing import Standing
 
 _FAILED = pytest.StashKey[bool]()
@@ -58,3 +60,16 @@ def rpc(rpc_standing: Standing) -> Iterator[Rpc]:
 def transport(request: pytest.FixtureRequest) -> str:
     """What connects clients and services."""
     return str(request.param)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start runs, in a folder of the test's own; when the test ends, nothing of them may be left."""
+    with starting(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., str]:
+    """Write Python programs into the folder that runs are started in; gives its file name."""
+    return writing(tmp_path)

@@ -215,6 +215,20 @@ def test_frames_granted_and_returned_add_up_to_what_a_host_has(fabric: Fabric) -
     assert 3 <= stats["coordinator_round_trips"] < 100
 
 
+def test_frames_that_other_hosts_free_are_counted_on_their_way_home(fabric: Fabric) -> None:
+    one, other = Member(fabric.host()), Member(fabric.host())
+    for i in range(3):
+        with other.counting() as by_other:
+            other.call(map_write_free, one.call(put, 20))
+        assert by_other["frames_sent_home"] == 20
+        assert one.stats()["frames_came_home"] == 20 * i
+        assert fabric.assert_sound()["free"][one.id] == 256
+    granted = one.stats()["frames_granted"]
+    one.ralloc("all", 256 * PAGE)  # those on their way too
+    assert one.stats()["frames_came_home"] == 60
+    assert one.stats()["frames_granted"] == granted == 256
+
+
 def test_a_refusal_for_want_of_frames_is_counted(fabric: Fabric) -> None:
     host = Member(fabric.host())
     host.ralloc("most", 8000 * PAGE)

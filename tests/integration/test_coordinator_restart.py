@@ -1,12 +1,17 @@
 """Real hosts while their coordinator stops, is killed, and comes back."""
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
+import dmrpc_cxl
 from dmrpc_cxl.errors import ServiceTableFull
+from tests.coordinators import Coordinated, Raw, RawHost, coordinated
 from tests.fabrics import At, running
+from tests.rpc_services import pause
 
 PAGE = 4096
 
@@ -64,6 +69,35 @@ def test_a_host_that_dies_between_two_coordinators_leaves_its_frames_to_the_othe
         other.start(allocate_all, 1500)
         fabric.start_coordinator()
         assert other.result()
+
+
+def attach_and_leave(raw: Raw) -> int:
+    with dmrpc_cxl.attach(raw.fabric, deadline=60) as host:
+        return len(host.array([1, 2, 3]))
+
+
+def stop_between_register_and_guard(fabric: Coordinated) -> RawHost:
+    """Return a process that attaches, stopped when it is a host and not guarded yet."""
+    while True:
+        host = fabric.process()
+        host.start(attach_and_leave)
+        fabric.wait_until(fabric.device.hosts)
+        go_on = pause(host.pid)
+        fabric.stats()  # whatever it had asked for before is answered
+        if fabric.coordinator.nr_guards() == 0:
+            return host
+        go_on()  # it was faster
+        assert host.result() == 3
+        fabric.wait_until(lambda: not fabric.device.hosts() and not fabric.coordinator.nr_guards())
+
+
+def test_a_host_whose_coordinator_dies_while_it_attaches_goes_over_to_the_next_one(tmp_path):
+    with coordinated(tmp_path) as fabric:
+        host = stop_between_register_and_guard(fabric)
+        fabric.coordinator.kill()
+        os.kill(host.pid, signal.SIGCONT)
+        fabric.start()
+        assert host.result() == 3
 
 
 def publish(at: At, name: str, endpoint: object) -> None:

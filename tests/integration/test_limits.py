@@ -17,9 +17,10 @@ from dmrpc_cxl.errors import (
     SystemCallFailed,
 )
 from tests.coordinators import SECONDS, coordinated
-from tests.fabrics import At, Fabric, running
+from tests.fabrics import At, Fabric, HostProcess, running
 
 PAGE = 4096
+LOW = 64  # free frames that a host keeps ready, unless it wished for something else
 
 
 def allocate(at: At, nr_pages: int) -> None:
@@ -74,16 +75,66 @@ def test_frames_that_others_have_freed_do_not_count_against_the_limit_for_ever()
             other.call(take_and_drop, host.call(give_away))
 
 
-def test_a_pool_that_is_empty_while_a_host_sits_on_free_frames_asks_for_them_back() -> None:
-    with running(size=8 << 20) as fabric:
-        sitting, short = fabric.host(high=2000, batch=1500), fabric.host(deadline=20)
-        sitting.call(allocate, 1500)
-        sitting.call(free_all)
-        assert fabric.audit()["free"].get(sitting.id, 0) > 0
-        for _ in range(5):  # some of which only the other host has
-            short.call(allocate, 2048 // 5 - 20)
-        with fabric.client() as client:
-            assert client.stats()["totals"]["recalls"] >= 1 or fabric.audit()["pool"] > 0
+def sit_on_frames(fabric: Fabric, *hosts: HostProcess) -> None:
+    """Let hosts have free frames that they do not need."""
+    for host in hosts:
+        host.call(allocate, 200)
+        host.call(free_all)
+    free = fabric.audit()["free"]
+    assert all(free[host.id] > LOW for host in hosts), free
+
+
+def allocate_singly(at: At, nr_pages: int) -> None:
+    for _ in range(nr_pages):
+        allocate(at, 1)
+
+
+def recalls(fabric: Fabric) -> int:
+    """Return how often hosts were asked for frames; nobody may have been refused any."""
+    with fabric.client() as client:
+        totals = client.stats()["totals"]
+    assert totals["grants_refused"] == 0, totals
+    return int(totals["recalls"])
+
+
+def test_one_host_gets_every_frame_of_the_device_while_others_sit_on_free_ones() -> None:
+    # Whoever waits for an answer that does not come is refused: after 50 s.
+    with running(size=8 << 20, coordinator=("--recall-timeout", "50")) as fabric:
+        sitting, short = [fabric.host() for _ in range(3)], fabric.host(deadline=60)
+        sit_on_frames(fabric, *sitting)
+        short.call(allocate_singly, 2048)
+        assert recalls(fabric) >= 2 * len(
+            sitting
+        )  # for what is above the low watermark, for the rest
+        assert fabric.assert_sound()["in_use"] == 2048
+
+
+def store_to_a_hole(at: At) -> None:
+    buffer = at.host.ralloc(PAGE, lazy=True)
+    memoryview(buffer)[0] = 1
+    at.kept.append(buffer)
+
+
+def test_a_store_gets_a_frame_that_an_idle_host_keeps_ready() -> None:
+    with running(size=8 << 20, coordinator=("--recall-timeout", "50")) as fabric:
+        sitting, short = fabric.host(), fabric.host(deadline=60)
+        sit_on_frames(fabric, sitting)
+        short.call(allocate_singly, 2048 - LOW)
+        assert fabric.audit()["free"] == {sitting.id: LOW}
+        short.call(store_to_a_hole)
+        assert recalls(fabric) > 0
+
+
+def test_an_idle_host_keeps_its_low_watermark_as_long_as_others_have_more() -> None:
+    with running(size=8 << 20, coordinator=("--recall-timeout", "50")) as fabric:
+        modest, sitting, short = fabric.host(high=64, low=32), fabric.host(), fabric.host(batch=1)
+        sit_on_frames(fabric, sitting)
+        modest.call(allocate, 1)
+        modest.call(free_all)
+        free = fabric.audit()["free"]
+        short.call(allocate_singly, 2048 - sum(free.values()) + free[sitting.id] - LOW)
+        assert fabric.audit()["free"][modest.id] >= 32
+        assert recalls(fabric) > 0
 
 
 def test_a_fabric_that_has_no_more_frames_says_how_many_there_are() -> None:

@@ -17,8 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from dmrpc_cxl.rpc import endpoint, frames
-from dmrpc_cxl.rpc import server as server_module
+from dmrpc_cxl.rpc import attended, endpoint, frames
 from dmrpc_cxl.rpc.frames import Code, Flag, Kind
 from tests.fabrics import At, Fabric, HostProcess
 from tests.rpc_peers import (
@@ -51,7 +50,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def limits(at: At) -> None:
     """Shorter waits and smaller heaps than in real life."""
     endpoint.HANDSHAKE_SECONDS = 1.0
-    server_module.MAX_BACKLOG_BYTES = 8 << 20
+    attended.MAX_BACKLOG_BYTES = 8 << 20
 
 
 def resources(at: At) -> tuple[int, int]:

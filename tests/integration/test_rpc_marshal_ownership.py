@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmrpc_cxl.errors import BadAddress, BufferInUse, CannotSend, PeerLost, UnknownMethod
-from dmrpc_cxl.rpc import move
+from dmrpc_cxl.rpc import move, pass_on
 from tests.fabrics import At, HostProcess
 from tests.rpc_peers import HELD, LARGE, connect, serve
 from tests.standing import Standing, until
@@ -150,7 +150,7 @@ def keep_by_interceptor(at: At) -> None:
         at.depot._kept["a"].append(result)
         return result
 
-    at.server._interceptors = (interceptor,)
+    at.server._runner._interceptors = (interceptor,)
 
 
 def fetch(at: At, method: str) -> list[int]:
@@ -265,6 +265,29 @@ def move_wrong_things(at: At) -> None:
 
 def test_move_refuses_what_is_no_array_in_dm_or_a_part(pair: list[HostProcess]) -> None:
     pair[1].call(move_wrong_things)
+
+
+def pass_on_things(at: At) -> list[Any]:
+    """Pass on what came by Ref, in a message, or is still looked at; return what was sent, and what arrived."""
+    by_ref = at.depot.echo(at.host.array(np.full(N, 1, "u1")))
+    by_value = at.depot.echo(np.full(10, 2, "u1"))
+    looked_at = at.depot.echo(at.host.array(np.full(N, 3, "u1")))
+    part = looked_at[5:]
+    before = at.host.stats()
+    sent = [pass_on(array) for array in (by_ref, by_value, looked_at, part)]
+    totals = [at.depot.total(value) for value in sent]
+    shared = at.host.stats()["create_ref_calls"] - before["create_ref_calls"]
+    kinds = [type(value).__name__ for value in sent]
+    return [kinds, totals, by_ref.size, shared, int(part[0])]
+
+
+def test_what_was_received_is_passed_on_by_the_ref_it_came_by_if_any(
+    pair: list[HostProcess],
+) -> None:
+    kinds, totals, left, shared, still = pair[1].call(pass_on_things)
+    assert kinds == ["Moved", "ndarray", "ndarray", "ndarray"]
+    assert totals == [N, 20, 3 * N, 3 * (N - 5)]
+    assert (left, shared, still) == (0, 2, 3)
 
 
 def move_in_vain(at: At, how: str) -> float:

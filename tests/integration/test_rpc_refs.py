@@ -302,6 +302,22 @@ def test_a_service_killed_while_calls_run_or_wait_gives_every_frame_back(
     nothing_in_use(fabric)
 
 
+def ask_for_refs(at: At) -> None:
+    """Ask for results by Ref, and do not read them."""
+    at.futures = [at.depot.future.give(LARGE), at.depot.future.fresh(LARGE)]
+
+
+def test_results_whose_service_died_before_they_were_read_are_lost_with_it(doomed: Pair) -> None:
+    fabric, service, client = doomed
+    client.call(ask_for_refs)
+    service.call(idle)
+    service.kill()
+    fabric.wait_until(lambda _: len(fabric.host_states()) == 1)
+    assert client.call(all_lost)
+    client.call(end)
+    nothing_in_use(fabric)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_client_killed_with_calls_in_flight_gives_every_frame_back(
     doomed: Pair, way: str

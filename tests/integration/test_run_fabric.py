@@ -1,34 +1,19 @@
 """Real runs of scripts/run_fabric.sh: what they print, how they end, and that nothing is left of them.
 
-Every process of a run inherits a mark in its environment, by which it is found afterwards, whoever its
-parent is by then.
+What it runs by default, and the other examples: test_run_examples.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import select
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import numpy as np
-import pytest
 
 from dmrpc_cxl.fabric import device
-from dmrpc_cxl.fabric.topology import remove_runtime_dirs, runtime_dir
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-SCRIPT = CHECKOUT / "scripts" / "run_fabric.sh"
-SECONDS = 60
-SMALL = ("--size", "16M")
+from dmrpc_cxl.fabric.topology import runtime_dir
+from tests.runs import SECONDS, SMALL
 
 # A host that is attached, says so, and waits for a signal.
 WAITING = """
@@ -44,161 +29,7 @@ WAITING = """
 """
 
 
-class Run:
-    """One run of the script."""
-
-    def __init__(self, cwd: Path, *args: str) -> None:
-        self.mark = f"DMRPC_TEST_MARK={uuid.uuid4()}"
-        name, _, value = self.mark.partition("=")
-        self.process = subprocess.Popen(
-            [SCRIPT, *args],
-            cwd=cwd,
-            env={**os.environ, name: value, "PYTHON": sys.executable},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self.fabric = ""
-
-    def wait_for(self, text: str, times: int = 1) -> str:
-        """Read the output until that text was in so many lines; return the last of them."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            found = re.search(r"on (run-\S+)", line)
-            if found:
-                self.fabric = found[1]
-            times -= text in line
-            if not times:
-                return line
-        raise AssertionError(f"{text!r} did not come:\n{self.output}")
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> int:
-        """Read the rest of the output and return the exit status, as a shell counts it."""
-        rest, _ = self.process.communicate(timeout=SECONDS)
-        self.lines += rest.splitlines()
-        code = self.process.returncode
-        return code if code >= 0 else 128 - code
-
-    @property
-    def output(self) -> str:
-        return "\n".join(self.lines)
-
-    def lines_of(self, name: str) -> list[str]:
-        found = (re.fullmatch(rf"{name} *\| (.*)", line) for line in self.lines)
-        return [match[1] for match in found if match]
-
-    def pids(self) -> list[int]:
-        """Return the processes of this run that are alive, the launcher among them."""
-        found = []
-        for entry in os.listdir("/proc"):
-            try:
-                environ = Path(f"/proc/{int(entry)}/environ").read_bytes()
-            except (ValueError, OSError):
-                continue
-            if self.mark.encode() in environ.split(b"\0"):
-                found.append(int(entry))
-        return found
-
-    def kill(self) -> None:
-        """End what a failed test has left."""
-        for pid in self.pids():
-            os.kill(pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-Start = Callable[..., Run]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Start runs, in a folder of the test's own; when the test ends, nothing of them may be left."""
-    before = set(device.names())
-    runs: list[Run] = []
-
-    def begin(*args: str, cwd: Path = tmp_path) -> Run:
-        runs.append(Run(cwd, *args))
-        return runs[-1]
-
-    try:
-        yield begin
-        for run in runs:
-            assert run.process.poll() is not None, "the test did not wait for its run"
-            assert run.pids() == []
-            assert run.fabric not in device.names()
-            assert not run.fabric or not runtime_dir(run.fabric).exists()
-    finally:
-        for run in runs:
-            run.kill()
-        for name in set(device.names()) - before:
-            if any(name == run.fabric for run in runs):
-                device.remove(name, force=True)
-                remove_runtime_dirs(name)
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Callable[[str, str], str]:
-    """Write Python programs into the folder that runs are started in; gives its file name."""
-    names = (f"program_{number}.py" for number in itertools.count(1))
-
-    def write(text: str, name: str = "") -> str:
-        name = name or next(names)
-        (tmp_path / name).write_text(textwrap.dedent(text))
-        return name
-
-    return write
-
-
 # ---------------------------------------------------------------- success
-
-
-def row_of(run: Run, name: str) -> tuple[str, str]:
-    """Return what the client's table says by value and by reference."""
-    for line in run.lines_of("client"):
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
-        if cells[0] == name:
-            return cells[1], cells[2]
-    raise AssertionError(f"no row {name!r}:\n{run.output}")
-
-
-def edited_pictures(number: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what the first pictures of the demonstration have to become."""
-    from examples.photos.picture import Edit, pictures
-
-    for place, (name, pixels) in enumerate(itertools.islice(pictures(), number)):
-        Edit.number(place, pixels.shape[0]).apply(pixels := pixels.copy())
-        yield name, pixels
-
-
-def test_demonstration_edits_photographs_by_reference_and_every_frame_comes_back(start, tmp_path):
-    from PIL import Image
-
-    run = start(*SMALL, "--", "--pictures", "6", "--out", str(tmp_path / "out"))
-    assert run.end() == 0, run.output
-    assert "all 4096 frames are back in the pool, and no Ref is alive" in run.output
-    assert row_of(run, "pictures") == ("6", "6")
-    for name, expected in edited_pictures(6):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), expected)
-
-
-def test_demonstration_sends_pixels_by_value_and_none_by_reference(start, tmp_path):
-    run = start(*SMALL, "--", "--pictures", "6", "--out", str(tmp_path))
-    assert run.end() == 0, run.output
-    by_value, by_reference = row_of(run, "sent in messages")
-    assert by_value.endswith(" MiB")
-    assert by_reference.endswith(" KiB")  # histograms, and 40 bytes for each picture
-    assert row_of(run, "passed by Ref")[0] == row_of(run, "copied on write")[0] == "0 B"
-    assert row_of(run, "faults")[0] == row_of(run, "frames copied")[0] == "0"
-    assert row_of(run, "passed by Ref")[1].endswith(" MiB")
-    assert row_of(run, "frames copied")[1] not in ("", "0")
 
 
 def test_hosts_reach_the_coordinator_over_tcp(start, program):
@@ -334,69 +165,6 @@ def test_hosts_that_do_not_end_after_a_failure_are_stopped(start, program):
     )  # fmt: skip
     assert run.end() == 137, run.output
     assert "all 4096 frames are back" in run.output
-
-
-def photos(workers: dict[str, str], *client: str) -> tuple[str, ...]:
-    """Return the programs of the demonstration, workers with their options."""
-    programs = [
-        f"client=examples.photos.client:main {' '.join(client)}",
-        f"balancer=examples.photos.balancer:main {' '.join(workers)}",
-        *(f"{name}=examples.photos.worker:main {options}" for name, options in workers.items()),
-    ]
-    return tuple(word for program in programs for word in ("--program", program))
-
-
-def test_edits_of_a_worker_that_dies_are_done_by_the_other_one(start, tmp_path):
-    from PIL import Image
-
-    workers = {"worker-1": "", "worker-2": "--die-at 3"}
-    programs = photos(workers, "--pictures 8", f"--out {tmp_path}")
-    run = start("--keep-going", *programs, cwd=CHECKOUT)
-    assert run.end() == 137, run.output
-    assert "worker-2 was killed by SIGKILL" in run.output
-    assert re.search(r"client +\| a worker was lost: [1-9]\d* edits", run.output)
-    assert row_of(run, "pictures") == ("8", "8")
-    for name, expected in edited_pictures(8):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), expected)
-    assert "frames are back in the pool, and no Ref is alive" in run.output
-
-
-def test_client_says_so_when_its_last_worker_dies(start, tmp_path):
-    programs = photos({"worker-1": "--die-at 12"}, f"--out {tmp_path}")
-    run = start("--keep-going", *programs, cwd=CHECKOUT)
-    assert run.end() == 137, run.output
-    assert re.search(r"client +\| failed: \S+: .*no backend can be reached", run.output)
-    assert "client ended with status 1" in run.output
-    assert "frames are back in the pool, and no Ref is alive" in run.output
-
-
-def test_balancer_and_workers_end_when_their_client_is_killed(start, tmp_path):
-    text = """
-        import os, signal
-        from examples.photos import client
-        class Deadly(client.Picture):
-            def check(self, edited):
-                print("dying with a result in hand")
-                os.kill(os.getpid(), signal.SIGKILL)
-        client.Picture = Deadly
-        main = client.main
-    """
-    (tmp_path / "deadly.py").write_text(textwrap.dedent(text))
-    _, _, *others = photos({"worker-1": "", "worker-2": ""})
-    client = f"client=env PYTHONPATH={tmp_path}:{CHECKOUT} {sys.executable} -m dmrpc_cxl.fabric.call deadly:main"
-    run = start("--keep-going", "--program", f"{client} --out {tmp_path}", *others, cwd=CHECKOUT)
-    assert run.end() == 137, run.output
-    assert "dying with a result in hand" in run.output
-    assert run.lines_of("worker-1")[-1].endswith("pictures served")
-    assert "frames are back in the pool, and no Ref is alive" in run.output
-
-
-def test_interrupted_demonstration_leaves_nothing_behind(start, tmp_path):
-    run = start("--", "--out", str(tmp_path))
-    run.wait_for("all hosts are attached")
-    run.signal(signal.SIGINT)
-    assert run.end() == 130, run.output
-    assert "frames are back in the pool, and no Ref is alive" in run.output
 
 
 def test_function_that_raises_fails_its_host_and_loses_no_frame(start, program):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dmrpc_cxl._native import LAYOUT
 from dmrpc_cxl.errors import CoordinatorLost
 from tests.coordinators import Coordinated, coordinated, give_back, grant, publish, rejoin
-from tests.fabrics import At, running
+from tests.fabrics import At, HostProcess, running
+from tests.rpc_services import pause
 
 PAGE = 4096
 
@@ -58,6 +60,52 @@ def test_a_coordinator_that_was_replaced_while_paused_stops_before_it_changes_an
         with fabric.client() as client:
             assert client.epoch == 2
             assert client.lookup("name")["endpoint"] == 1
+
+
+def take_and_free(at: At, nr_pages: int) -> int:
+    buffer = at.host.ralloc(nr_pages * PAGE)
+    del buffer
+    return at.host.stats()["free_frames"]
+
+
+def test_a_request_that_waits_while_its_coordinator_is_replaced_is_not_refused(
+    tmp_path: Path,
+) -> None:
+    with coordinated(tmp_path, "--recall-timeout", "10") as fabric:
+        sitting, asking = HostProcess(fabric.name, {}), fabric.host()
+        free = sitting.call(take_and_free, 10)
+        assert free > 0
+        asking.call(grant, fabric.nr_frames - free)
+        go_on = pause(sitting.pid)  # so that it gives nothing back
+        asking.start(grant, 10)
+        old = fabric.coordinator
+        old.logged("asked host")
+        fabric.start("--take-over")
+        with pytest.raises(CoordinatorLost):  # and not OutOfFrames: the successor may have some
+            asking.result()
+        assert old.wait() == 1
+        go_on()
+        sitting.leave()
+
+
+def test_a_coordinator_that_is_replaced_while_it_waits_for_the_one_before_gives_way(
+    tmp_path: Path,
+) -> None:
+    with coordinated(tmp_path) as fabric:
+        host = fabric.host()
+        first = fabric.coordinator
+        first.send(signal.SIGSTOP)
+        host.kill()
+        # As if it had been stopped while it reclaimed this host: nobody gets the entry before it is gone.
+        assert fabric.device.set_host_state(1, LAYOUT["HOST_ACTIVE"], LAYOUT["HOST_DEAD"])
+        fabric.start("--take-over")
+        second = fabric.coordinator
+        assert fabric.device.host(1)["state"] == LAYOUT["HOST_DEAD"]
+        fabric.start("--take-over")
+        assert second.wait() == 1
+        assert "does not end" not in second.log  # it waits no longer for the first one
+        first.send(signal.SIGCONT)
+        assert first.wait() == 1
 
 
 def tables(fabric: Coordinated) -> bytes:

@@ -112,16 +112,29 @@ def test_no_hosts_are_refused():
         hosts_of(["a.py"], 0)
 
 
-def test_demonstration_has_a_client_with_the_arguments_a_balancer_and_workers():
-    client, balancer, *workers = demo_hosts(CHECKOUT, 5, ["--pictures", "3"])
-    assert client.programs[0].argv == (*CALL, "examples.photos.client:main", "--pictures", "3")
-    assert [worker.name for worker in workers] == ["worker-1", "worker-2", "worker-3"]
-    assert balancer.programs[0].argv[-3:] == ("worker-1", "worker-2", "worker-3")
+def test_demonstration_has_a_client_with_the_arguments_and_a_host_for_each_service():
+    client, *services = demo_hosts(CHECKOUT, None, ["--pictures", "3"])
+    assert client.programs[0].argv[:6] == (
+        *CALL,
+        "examples.image_pipeline.session:main",
+        "--pictures",
+        "3",
+    )
+    assert [service.name for service in services] == [
+        "firewall", "balancer", "processor-1", "processor-2", "transcoder", "compressor",
+    ]  # fmt: skip
 
 
-def test_demonstration_without_a_worker_is_refused():
-    with pytest.raises(MisuseError, match="at least one worker"):
-        demo_hosts(CHECKOUT, 2, [])
+def test_hosts_beyond_the_others_are_image_processors():
+    names = [host.name for host in demo_hosts(CHECKOUT, 9, [])]
+    assert [name for name in names if name.startswith("processor")] == [
+        f"processor-{place}" for place in (1, 2, 3, 4)
+    ]
+
+
+def test_demonstration_without_an_image_processor_is_refused():
+    with pytest.raises(MisuseError, match="at least one image processor"):
+        demo_hosts(CHECKOUT, 5, [])
 
 
 def test_demonstration_is_missing_outside_a_checkout(tmp_path):

@@ -1,0 +1,134 @@
+"""The processes: which there are, for the launcher, and what each of them runs.
+
+    hosts(args)     the hosts of a run, for dmrpc_cxl.fabric.launcher
+    serve(host)     what the host of a service runs: the service that has the host's name
+
+Besides its service each host has a desk, "desk-NAME": the client asks there what was counted, and the host ends when nobody
+attends to it any more. So all end with the client, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import dmrpc_cxl
+from dmrpc_cxl.coordinator.client import Client as Coordinator
+from dmrpc_cxl.fabric.place import Place
+from dmrpc_cxl.fabric.topology import HostSpec, Program
+
+from .roles import (
+    NR_PROCESSORS,
+    WORKER_THREADS,
+    Account,
+    called_by,
+    service_names,
+    start,
+)
+from .variants import VARIANTS
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SECONDS = 30.0  # for the others to come up
+
+
+# ---------------------------------------------------------------- the launcher's side
+
+
+def hosts(args: Sequence[str] = (), nr_processors: int = NR_PROCESSORS) -> tuple[HostSpec, ...]:
+    """Make the hosts of a run: the client, which gets the arguments, and the services.
+
+    Args:
+        args: for session.py; what concerns the services is read here as well.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--variants", default="")
+    add_service_options(parser)
+    options, _ = parser.parse_known_args(list(args))
+    variants = tuple(name for name in options.variants.split(",") if name in VARIANTS)
+    told = ("--transport", options.transport, "--processors", str(nr_processors))
+
+    def host(name: str, function: str, *words: str) -> HostSpec:
+        argv = (sys.executable, "-m", "dmrpc_cxl.fabric.call", f"{__package__}.{function}", *words)
+        return HostSpec(name, (Program(argv, (("PYTHONPATH", str(CHECKOUT)),)),))
+
+    return (
+        host("client", "session:main", *args, *told[2:]),
+        *(host(name, "hosts:serve", *told) for name in service_names(nr_processors, variants)),
+    )
+
+
+def add_service_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all hosts of a run have to agree about."""
+    parser.add_argument(
+        "--transport",
+        choices=("auto", "ring", "tcp"),
+        default="auto",
+        help="between the services; auto: rings where they reach  [default: auto]",
+    )
+    parser.add_argument("--processors", type=int, default=NR_PROCESSORS, help=argparse.SUPPRESS)
+
+
+# ---------------------------------------------------------------- a host's side
+
+
+class Desk:
+    """What a host tells about itself; it is over when nobody attends to it."""
+
+    def __init__(self, account: Callable[[], Account]) -> None:
+        self._account = account
+        self.over = threading.Event()
+
+    def account(self) -> Account:
+        """Return what was counted so far."""
+        return self._account()
+
+    async def attend(self) -> None:
+        """Last as long as the caller stays: a call is cancelled when its connection ends."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.over.set()
+
+
+def wait_for(host: dmrpc_cxl.Host, *names: str) -> None:
+    """Wait until these services are published: all hosts of a run start at once.
+
+    Raises:
+        ServiceNotFound: one of them does not come.
+    """
+    with Coordinator.to(host.fabric, tcp=Place.of_environment().transport == "tcp") as coordinator:
+        for name in names:
+            coordinator.wait_for_service(name, SECONDS)
+
+
+def serve(host: dmrpc_cxl.Host) -> int:
+    """Run the service that has this host's name, until nobody attends to its desk."""
+    parser = argparse.ArgumentParser(prog=host.name)
+    add_service_options(parser)
+    parser.add_argument("--threads", type=int, default=WORKER_THREADS, metavar="N")
+    parser.add_argument(
+        "--die-at", type=int, metavar="N", help="of a worker: SIGKILL itself with the Nth picture"
+    )
+    options = parser.parse_args()
+    wait_for(host, *called_by(host.name, options.processors))
+    running = start(
+        host,
+        host.name,
+        transport=options.transport,
+        nr_processors=options.processors,
+        threads=options.threads,
+        die_at=options.die_at,
+    )
+    with contextlib.ExitStack() as ending:
+        ending.callback(running.stop)
+        desk = Desk(running.account)
+        ending.enter_context(host.serve(desk, name=f"desk-{host.name}", threads=1))
+        desk.over.wait()
+    if pictures := running.account().counts.get("pictures"):
+        print(f"{pictures} pictures")
+    return 0

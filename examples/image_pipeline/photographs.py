@@ -1,0 +1,122 @@
+"""The photographs, as bitmaps of about the size that is asked for.
+
+They come with scikit-image. What its documentation says of their rights is in PHOTOGRAPHS; pictures about whose rights it says
+nothing definite are not used.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import bmp
+from .bmp import Bytes
+
+PHOTOGRAPHS = {
+    "astronaut": "NASA; no known copyright restrictions, released into the public domain",
+    "chelsea": "Stefan van der Walt; CC0",
+    "coffee": "Rachel Michetti, courtesy of Pikolo Espresso Bar; CC0",
+    "hubble_deep_field": "NASA; may be freely used in the public domain",
+    "immunohistochemistry": "Center for Microscopy and Molecular Imaging; no known copyright restrictions",
+    "retina": "Mikael Häggström; CC0",
+    "rocket": "SpaceX; released in the public domain",
+}
+# Nominal size in bytes to width and height. Real files are up to 5 % off, and three of them just above the nominal size,
+# so that they take a page more.
+SIZES = {
+    4 << 10: (34, 40),
+    8 << 10: (48, 57),
+    16 << 10: (68, 80),
+    32 << 10: (95, 112),
+    64 << 10: (136, 160),
+    128 << 10: (192, 227),
+    256 << 10: (272, 321),
+    512 << 10: (385, 454),
+    1 << 20: (544, 642),
+    2 << 20: (770, 907),
+    4 << 20: (1088, 1284),
+}
+_MIRRORS: dict[str, tuple[int, int]] = {  # steps through rows and columns
+    "": (1, 1),
+    "mirrored": (1, -1),
+    "upside-down": (-1, 1),
+    "turned": (-1, -1),
+}
+_QUARTERS = ("", "quarter")
+NR_PICTURES = len(PHOTOGRAPHS) * len(_MIRRORS) * len(_QUARTERS)
+"""Different ones of each size."""
+
+
+class Picture(NamedTuple):
+    """A bitmap and where it comes from."""
+
+    name: str
+    nominal: int
+    file: Bytes
+
+
+@cache
+def _photograph(name: str) -> npt.NDArray[np.uint8]:
+    import skimage.data  # takes half a second, and only clients need it
+
+    pixels: npt.NDArray[np.uint8] = getattr(skimage.data, name)()
+    return pixels
+
+
+def _resized(pixels: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
+    """Return the middle of a photograph, cut to those proportions, in that size."""
+    from PIL import Image
+
+    scale = min(pixels.shape[1] / width, pixels.shape[0] / height)
+    wide, high = int(scale * width), int(scale * height)
+    left, top = (pixels.shape[1] - wide) // 2, (pixels.shape[0] - high) // 2
+    image = Image.fromarray(pixels[top : top + high, left : left + wide])
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def pictures(nominal: int, number: int = NR_PICTURES) -> Iterator[Picture]:
+    """Yield that many different pictures of one of SIZES, made one by one.
+
+    Raises:
+        KeyError: not one of SIZES.
+        ValueError: there are not so many.
+    """
+    if not 0 <= number <= NR_PICTURES:
+        raise ValueError(f"{number} pictures: there are {NR_PICTURES} of each size")
+    width, height = SIZES[nominal]
+    resized: dict[tuple[str, str], npt.NDArray[np.uint8]] = {}
+    made = itertools.product(_QUARTERS, _MIRRORS.items(), PHOTOGRAPHS)
+    for quarter, (mirror, (down, right)), name in itertools.islice(made, number):
+        if (quarter, name) not in resized:
+            pixels = _photograph(name)
+            turned = np.ascontiguousarray(np.rot90(pixels)) if quarter else pixels
+            resized[quarter, name] = _resized(turned, width, height)
+        file = bmp.from_pixels(resized[quarter, name][::down, ::right])
+        yield Picture("-".join(filter(None, (name, quarter, mirror))), nominal, file)
+
+
+def size_named(text: str) -> int:
+    """Return the nominal size that a text such as 64K or 4M names.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    for nominal in SIZES:
+        if text.upper().removesuffix("B") == name_of(nominal):
+            return nominal
+    raise ValueError(f"size {text!r}: one of {', '.join(names(SIZES))}")
+
+
+def name_of(nominal: int) -> str:
+    """Return a nominal size as 64K or 4M."""
+    return f"{nominal >> 20}M" if nominal >= 1 << 20 else f"{nominal >> 10}K"
+
+
+def names(sizes: Iterable[int]) -> list[str]:
+    """Return nominal sizes as texts."""
+    return [name_of(nominal) for nominal in sizes]
