@@ -567,5 +567,11 @@ def crash_at(label: str, passes: int = 1, record: str | None = None) -> None:
     Raises KeyError: no such label.
     """
 
+def crash_stop_at(label: str, passes: int = 1) -> None:
+    """Let this process, if it is armed, stop itself at the passes-th time it comes to a label.
+
+    Raises KeyError: no such label.
+    """
+
 def crash_record(data: Buffer_) -> tuple[dict[str, int], dict[str, int]]:
     """Return ({label: passes}, {label: deaths}) of the bytes of a record."""

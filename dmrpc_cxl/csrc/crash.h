@@ -3,7 +3,7 @@
  *
  * At each of them a process can be made to kill itself, at the n-th time it passes there: so a campaign can end a
  * process of any role inside of any operation, and say exactly where (tests/crash). Always compiled in: off, a point is
- * one branch on a global that is never taken (docs/decisions/0015-crash-points.md). -DDM_NO_CRASH_POINTS leaves them out.
+ * one branch on a global that is never taken (docs/decisions/0016-crash-points.md). -DDM_NO_CRASH_POINTS leaves them out.
  *
  *     DM_CRASH_POINT=label[:n]        read at attach and when a device is opened; n is 1 if it is left out; "none" only
  *                                     counts
@@ -247,6 +247,7 @@ extern bool dm_crash_armed __attribute__((visibility("hidden")));
 void dm_crash_pass(int label) __attribute__((cold, visibility("hidden"), used));
 int dm_crash_label(const char *name);
 int dm_crash_arm(int label, uint64_t pass, const char *record);
+int dm_crash_stop_at(int label, uint64_t pass);
 void dm_crash_read_environment(void);
 
 #endif

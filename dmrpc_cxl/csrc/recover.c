@@ -296,8 +296,10 @@ static void take_back(struct recovery *r) {
             dm_frame_coming(word) &&
             __atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
                                         dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
-                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
             r->out->frames_reclaimed++;
+            DM_CRASH_POINT(recover_reclaimed);
+        }
     }
 }
 

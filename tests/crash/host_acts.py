@@ -127,6 +127,17 @@ def hold_everything(at: At, shared: bytes, exclusive: bytes, long: bytes) -> Non
     filled(at, 4, 46).free()
 
 
+def send_one_away(at: At) -> bytes:
+    """Make a Ref to frames of ours that nobody else has."""
+    at.ref = moved(at, filled(at, PAGES, 47))
+    return at.ref.to_bytes()
+
+
+def free_what_came(at: At, wire: bytes) -> None:
+    """Map and free, in the keeper: the frames go home."""
+    at.host.map_ref(wire).free()
+
+
 # ---------------------------------------------------------------- operating
 
 
@@ -236,7 +247,7 @@ ACTS: list[Act] = []
 def _act(
     role: str, name: str, operate: Any, prepare: Any = None, *offers: str, **more: Any
 ) -> None:
-    ACTS.append(Act(role, name, operate, prepare, offers, **more))
+    ACTS.append(Act(role, name, operate, prepare, offers=offers, **more))
 
 
 _CROWDED = {"meddle": as_many_counts_as_there_can_be}
@@ -246,6 +257,7 @@ _act("creator", "attaches", None, at_attach=True)
 _act("creator", "allocates", allocate)
 _act("creator", "allocates from fragments", allocate, occasion=nothing_but_fragments)
 _act("creator", "allocates lazily", allocate_lazily)
+_act("creator", "allocates what came home", allocate, send_one_away, answer=free_what_came)
 _act("creator", "shares", share, own_buffer)
 _act("creator", "shares pieces", share, own_pieces)
 _act("creator", "shares what it maps", share, map_it, "shared")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dmrpc_cxl._native import CRASH_POINTS
-from tests.crash import acts, call_acts, coordinator_acts, host_acts, recovery_acts
+from tests.crash import acts, call_acts, coordinator_acts, home_acts, host_acts, recovery_acts
 from tests.crash.stage import Stage
 
 PASSES = (1, 2, 5)
@@ -50,6 +50,7 @@ class Job:
 def _jobs() -> Iterator[Job]:
     for act in (*host_acts.ACTS, *call_acts.ACTS):
         yield Job(act.role, act.name, functools.partial(_swapped, acts.run, act))
+    yield Job("freeing host", "frees what the dead have made", home_acts.run)
     chance = frozenset(BY_CHANCE)
     for one in coordinator_acts.ACTS:
         run = functools.partial(_swapped, coordinator_acts.run, one)
