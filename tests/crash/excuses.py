@@ -29,7 +29,10 @@ _FREEING = (
     "frame_left_use pte_uncounted free_* drop_* overflow_unlinked view_dropping return_* detach_*",
     "gives nothing up: see the freeing host",
 )
-_HOME = ("home_*", "frees nothing that others have made, and gets nothing back: see the freeing host and the creator")
+_HOME = (
+    "home_*",
+    "frees nothing that others have made, and gets nothing back: see the freeing host and the creator",
+)
 _STORING = ("cow_* fill_*", "no store of its own faults: see the faulting host")
 _PIECES = (
     "scatter_* pte_hole overflow_*",

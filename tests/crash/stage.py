@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +161,22 @@ class Stages:
         self._stage: Stage | None = None
 
     @contextlib.contextmanager
-    def use(self) -> Iterator[Stage]:
+    def use(self, failed: Callable[[], bool] = lambda: False) -> Iterator[Stage]:
+        """Give the stage; `failed` tells of failures that are not raised here, such as a fixture's test's."""
         if self._stage is None:
             self._stage = Stage()
         stage = self._stage
         stage.record.clear()
+        broken = True
         try:
             yield stage
+            broken = failed()
             stage.fabric.hosts[:] = [host for host in stage.fabric.hosts if not host.left]
-        except BaseException:
-            self._stage = None
-            print(stage.fabric.said())
-            stage.discard()
-            raise
+        finally:
+            if broken:
+                self._stage = None
+                print(stage.fabric.said())
+                stage.discard()
 
     def close(self) -> None:
         if self._stage is not None:
