@@ -154,11 +154,12 @@
     X(recover_progress, "progress is written, the count still there")                              \
     X(recover_counted_down, "a count was dropped")                                                 \
     X(recover_reclaimed, "a frame that it owned is the pool's")                                    \
-    X(recover_drop_begun, "intent to drop a Ref written in its stead")                             \
+    X(recover_drop_begun, "it is written which Ref is being dropped")                              \
     X(recover_claimed, "a Ref that it held is claimed to be dropped")                              \
     X(recover_unlinked, "an overflow frame is unlinked, its count not dropped")                    \
     X(recover_ref_freed, "a Ref entry is free")                                                    \
-    X(recover_drop_ended, "a Ref is dropped, the intent gone")                                     \
+    X(recover_drop_ended, "a Ref is dropped, and no other one begun")                              \
+    X(recover_op_settled, "the intent is gone")                                                    \
     X(recover_pte_undone, "an entry of an interrupted operation is empty")                         \
     X(recover_pte_cleared, "an entry of its page table is empty, its count dropped next")          \
     X(recover_intent_done, "its intent is settled")                                                \
