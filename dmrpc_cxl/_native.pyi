@@ -98,6 +98,9 @@ class Device:
     def stop_coordinator(self, epoch: int) -> bool:
         """Take it out; False, and nothing changed, when a later coordinator has taken over."""
 
+    def changing(self) -> tuple[int, bool]:
+        """Return the host entry, or 0, and whether the service table, that a predecessor was changing."""
+
     @property
     def fence_epoch(self) -> int:
         """The epoch that every change through this object depends on; 0: none. May be set."""

@@ -69,6 +69,9 @@ struct dm_superblock {
     char tcp_host[64];
     char unix_path[108]; /* empty: not listening */
     uint32_t reserved;
+    /* What it is in the midst of that takes several stores, epoch << 16 | what; 0: nothing. See dm_device_begin_change. */
+    uint64_t changing_host;     /* what: the entry that it brings to life */
+    uint64_t changing_services; /* what: 1 */
 };
 
 /* ---------------------------------------------------------------- hosts */
