@@ -37,10 +37,19 @@ examples: $(VENV)/.native $(VENV)/.examples ## Run every program of examples/ wi
 bench: $(VENV)/.native $(VENV)/.bench ## Measure, and print ratios [ARGS="..." is handed on]
 	$(PY) -m benchmarks.bench $(ARGS)
 
+.PHONY: figures figures-quick figures-clusters
+FIGURES := $(VENV)/.native $(VENV)/.examples $(VENV)/.figures
+figures: $(FIGURES) ## Run the paper's experiments, write docs/results.md and its pictures; 40 minutes [ARGS="--only fig07"]
+	$(PY) -m benchmarks.figures --publish $(ARGS)
+figures-quick: $(FIGURES) ## The same with fewer points, into build/figures only; 4 minutes
+	$(PY) -m benchmarks.figures --quick $(ARGS)
+figures-clusters: $(FIGURES) $(VENV)/.ray $(VENV)/.spark ## The same as figures, beside Ray and Spark, which are installed
+	$(PY) -m benchmarks.figures --publish $(ARGS)
+
 ##@ Test
 
 .PHONY: test
-test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
+test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples $(VENV)/.figures ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: ctest asan tsan
@@ -61,7 +70,11 @@ fuzz-rpc: $(VENV)/.native $(VENV)/.fuzz ## Look for bytes that the RPC layer stu
 		-timeout=10 -artifact_prefix=$(BUILD)/fuzz-rpc/ $(ARGS) $(BUILD)/fuzz-rpc/corpus
 
 .PHONY: soak
-soak: $(VENV)/.native $(VENV)/.test ## Run the tests marked slow, which `make test` leaves out
+soak: $(VENV)/.native ## Kill and stop hosts and coordinators at random while they work, for long [ARGS="--kills 10000 --seed N"]
+	$(PY) -m tests.soak $(ARGS)
+
+.PHONY: slow
+slow: $(VENV)/.native $(VENV)/.test $(VENV)/.figures ## Run the tests marked slow, which `make test` leaves out
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
 .PHONY: crash
@@ -87,7 +100,7 @@ check-lint: $(VENV)/.dev ## Lint the Python
 	$(PY) -m ruff check .
 
 .PHONY: check-types
-check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test ## Check the types: mypy, strict on the packages
+check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test $(VENV)/.figures ## Check the types: mypy, strict on the packages
 	$(PY) scripts/check_types.py
 
 .PHONY: check-c
@@ -115,7 +128,7 @@ build: $(VENV)/.native ## Make .venv with the package in it, and the native modu
 .PHONY: clean
 clean: ## Remove all that make made, the virtual environment included
 	rm -rf $(VENV) $(BUILD) dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f dmrpc_cxl/_native*.so
+	rm -f dmrpc_cxl/_native*.so dmrpc_net/_native*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help
@@ -127,7 +140,7 @@ help: ## List the targets
 # ---------------------------------------------------------------- the virtual environment
 #
 #   .key <- .created <- .package <- .native
-#           .created <- .test, .dev, .examples, .bench, .fuzz the extras of setup.cfg
+#           .created <- .test, .dev, .examples, ... one for each extra of setup.cfg
 #
 # Two files are rewritten only when their content changes, so what depends on them is redone only
 # then: .key, where and for which Python the environment was made (it survives neither a move nor
@@ -137,7 +150,8 @@ EXAMPLES = $(sort $(subst /,.,$(basename $(patsubst %/__main__.py,%,\
 	$(wildcard examples/[a-z]*.py examples/[a-z]*/__main__.py)))))
 PACKAGES = $(patsubst %/__init__.py,%,$(wildcard dmrpc_cxl/__init__.py dmrpc_net/__init__.py \
 	coordinator/__init__.py fabric/__init__.py pyuserfaultfd/__init__.py))
-NATIVE_SOURCES = $(wildcard dmrpc_cxl/*.pyx dmrpc_cxl/*.pxd dmrpc_cxl/*.pxi dmrpc_cxl/csrc/*.[ch])
+NATIVE_SOURCES = $(wildcard $(foreach package,dmrpc_cxl dmrpc_net,\
+	$(package)/*.pyx $(package)/*.pxd $(package)/*.pxi $(package)/csrc/*.[ch]))
 
 .PHONY: FORCE
 FORCE:
@@ -171,23 +185,26 @@ $(VENV)/.native: $(VENV)/.package $(NATIVE_SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.created setup.cfg
+EXTRAS := test dev examples bench fuzz figures ray spark
+$(EXTRAS:%=$(VENV)/.%): $(VENV)/.created setup.cfg
 	@echo "Installing the $(@F:.%=%) tools"
 	@$(PY) scripts/requirements.py $(@F:.%=%) | $(INSTALL) -r /dev/stdin
 	@touch $@
 
 # ---------------------------------------------------------------- C unit tests
 #
-# Each variant compiles all of csrc into one library below build/c/VARIANT, and links each
-# tests/c/test_*.c with the other files of tests/c and those objects of the library that it calls for.
+# Each variant compiles all of both csrc folders into one library below build/c/VARIANT, and links
+# each tests/c/test_*.c with the other files of tests/c and those objects of the library that it calls
+# for. So no two files of the folders have the same name.
 
-C_FILES = $(wildcard dmrpc_cxl/csrc/*.[ch] tests/c/*.[ch] benchmarks/*.[ch])
-C_SOURCES = $(wildcard dmrpc_cxl/csrc/*.c)
+C_FOLDERS := dmrpc_cxl/csrc dmrpc_net/csrc
+C_FILES = $(wildcard $(C_FOLDERS:%=%/*.[ch]) tests/c/*.[ch] benchmarks/*.[ch])
+C_SOURCES = $(wildcard $(C_FOLDERS:%=%/*.c))
 C_TESTS = $(sort $(wildcard tests/c/test_*.c))
 C_SHARED = $(filter-out tests/c/test_%,$(wildcard tests/c/*.c))
 
 C_WARNINGS := -Wall -Wextra
-C_FLAGS := -std=gnu11 -g $(C_WARNINGS) -fvisibility=hidden -pthread -Idmrpc_cxl/csrc -Itests/c
+C_FLAGS := -std=gnu11 -g $(C_WARNINGS) -fvisibility=hidden -pthread $(C_FOLDERS:%=-I%) -Itests/c
 C_FLAGS_plain := -O2
 C_FLAGS_strict := -O2 -Werror
 C_FLAGS_asan := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -203,7 +220,7 @@ $(BUILD)/c/$(1)/%.o: %.c Makefile
 	@$$(CC) $(C_FLAGS) $(C_FLAGS_$(1)) $$(CFLAGS) -MMD -MP -c -o $$@ $$<
 
 # The folder: its time changes when a file goes, whose object then has to go as well.
-$(BUILD)/c/$(1)/libdmrpc.a: $(call c_objects,$(1),$(C_SOURCES)) dmrpc_cxl/csrc
+$(BUILD)/c/$(1)/libdmrpc.a: $(call c_objects,$(1),$(C_SOURCES)) $(C_FOLDERS)
 	@mkdir -p $$(@D)
 	@rm -f $$@
 	@ar rcs $$@ $$(filter %.o,$$^)

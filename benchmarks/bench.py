@@ -1,4 +1,4 @@
-"""The bars of the fabric and of the RPC layer: `make bench` prints each with what was measured, and writes JSON.
+"""The bars of the fabric, of memory servers and of the RPC layer: `make bench` prints each with what was measured, and writes JSON.
 
 Every figure is a ratio of medians taken in one run, the two sides in alternation. A bar that is missed is printed as
 missed. `python -m benchmarks.bench --only copy --json FILE`.
@@ -20,10 +20,14 @@ from rich.table import Table
 from . import (
     crash_points,
     crash_recovery,
+    crash_survivors,
     fabric_attach,
     fabric_calls,
     fabric_copies,
     machine,
+    net_create_ref,
+    net_redis,
+    net_translation,
     rpc_chain,
     rpc_forwarder,
     rpc_large,
@@ -39,10 +43,13 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "overwrite": fabric_copies.overwrite,
     "read": fabric_copies.read_shared,
     "attach": fabric_attach.attach,
-    "host-killed": crash_recovery.host_killed,
+    "host-killed": crash_survivors.survivors,
     "coordinator-killed": crash_recovery.coordinator_killed,
     "scrubbing": crash_recovery.scrubbing,
     "crash-points": crash_points.cost,
+    "net-redis": net_redis.against_redis,
+    "net-create-ref": net_create_ref.create_ref,
+    "net-translation": net_translation.translation,
     "rpc-latency": rpc_latency.latency,
     "rpc-hops": rpc_chain.hops,
     "rpc-value": rpc_chain.against_value,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -17,25 +21,58 @@ from dmrpc_cxl.fabric import device
 _spawn = multiprocessing.get_context("spawn")
 
 
-def _serve(connection: Connection, fabric: str, options: dict[str, Any]) -> None:
-    host = dmrpc_cxl.attach(fabric, **options)
-    connection.send(None)
-    while (work := connection.recv()) is not None:
+def _serve(connection: Connection, fabric: str | None, options: dict[str, Any]) -> None:
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        host = dmrpc_cxl.attach(fabric, **options) if fabric is not None else None
+    except Exception:
+        connection.send((False, traceback.format_exc()))
+        return
+    connection.send((True, None))
+    while True:
+        try:
+            work = connection.recv()
+        except EOFError:  # whoever told us what to do is gone
+            break
+        if work is None:
+            break
         function, args = work
-        connection.send(function(host, *args))
-    host.detach()
-    connection.send(None)
+        try:
+            answer: tuple[bool, Any] = (True, function(host, *args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+        del (
+            function,
+            args,
+            work,
+            answer,
+        )  # or what they hold would live until the next piece of work
+    if host is not None:
+        host.detach()
+    with contextlib.suppress(BrokenPipeError):
+        connection.send((True, None))
+
+
+class PeerFailed(Exception):
+    """What a peer was told to do failed there; the text is its traceback."""
 
 
 class Peer:
-    """A host in a process of its own; call() runs a module-level function(host, *args) there."""
+    """A process; call() runs a module-level function(host, *args) there.
 
-    def __init__(self, fabric: str, **options: Any) -> None:
+    Args:
+        fabric: what its host is attached to; None: it has none, and functions are given None.
+        options: of attach().
+    """
+
+    def __init__(self, fabric: str | None, **options: Any) -> None:
         self._connection, theirs = _spawn.Pipe()
         self._process = _spawn.Process(target=_serve, args=(theirs, fabric, options), daemon=True)
         self._process.start()
         theirs.close()
-        self._connection.recv()
+        self.result()
 
     @property
     def pid(self) -> int:
@@ -52,14 +89,30 @@ class Peer:
         """Have the peer begin with function(host, *args)."""
         self._connection.send((function, args))
 
-    def result(self) -> Any:
-        """Wait for what was begun."""
-        return self._connection.recv()
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for what was begun; raise PeerFailed if it failed, or when nothing has come in time."""
+        if timeout is not None and not self._connection.poll(timeout):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR2)  # it prints the stack of every thread
+            raise PeerFailed(f"process {self.pid} did not answer in {timeout} s")
+        try:
+            fine, value = self._connection.recv()
+        except EOFError:
+            self._process.join(10)
+            raise PeerFailed(f"process {self.pid} ended with {self._process.exitcode}") from None
+        if not fine:
+            raise PeerFailed(value)
+        return value
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.join()
 
     def leave(self) -> None:
         """Detach and end."""
         self._connection.send(None)
-        self._connection.recv()
+        self.result(60)
         self._process.join()
 
 

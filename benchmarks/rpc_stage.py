@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import dmrpc_cxl
+from dmrpc_cxl.fabric import device
 from dmrpc_cxl.rpc import Forwarder, Server
 
 from .machine import median, quiet
@@ -28,6 +30,7 @@ from .peers import Peer, running_fabric
 MIB = 1 << 20
 SEED = 1
 PINNED_CPU = 0
+LEAVE_SECONDS = 10.0
 SETTLE_SECONDS = 0.002  # what a server does behind its reply belongs to the block as well
 COLD_BYTES = 64 * MIB  # ordinary arrays that take turns have so many bytes together
 COLD_ARRAYS = 512  # but are no more than this
@@ -64,16 +67,25 @@ def forward(host: dmrpc_cxl.Host, name: str, backend: str, transport: str = "aut
     _here[name] = Forwarder(host, name, [backend], transport=transport)  # type: ignore[arg-type]
 
 
-def traffic(host: dmrpc_cxl.Host) -> dict[str, int]:
-    """Return what this process counted: bytes in and out of its rings, sleeps, bytes copied by faults."""
+def _tcp_bytes(sock: socket.socket) -> int:
+    """Return the bytes that a TCP socket has sent and its peer acknowledged."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return int.from_bytes(info[120:128], "little")  # tcpi_bytes_acked, since Linux 4.1
+
+
+def traffic(host: dmrpc_cxl.Host | None) -> dict[str, int]:
+    """Return what this process counted: bytes sent over its rings and sockets, sleeps, bytes copied by faults."""
     channels: list[Any] = [c._link.connection.channel for c in _clients.values()]
     for end in _here.values():
-        peers = end._connections if isinstance(end, Server) else end._peers
-        channels += [peer.channel for peer in peers.values()]
+        peers: dict[int, Any] = end._connections if isinstance(end, Server) else end._peers
+        channels += [peer.channel for peer in list(peers.values())]
     rings = [channel.ring.stats() for channel in channels if channel.kind == "ring"]
-    stats = host.stats()
+    stats = host.stats() if host is not None else {"bytes_copied": 0}
     return {
         "bytes_sent": sum(ring["bytes_sent"] for ring in rings),
+        "tcp_bytes_sent": sum(
+            _tcp_bytes(channel.socket) for channel in channels if channel.kind == "tcp"
+        ),
         "sleeps": sum(ring["sleeps"] for ring in rings),
         "bells_rung": sum(ring["bells_rung"] for ring in rings),
         "bytes_copied": stats["bytes_copied"],
@@ -99,9 +111,16 @@ class Stage:
         self.pids = {"coordinator": coordinator}
         self.peers: dict[str, Peer] = {}
 
-    def start(self, name: str, function: Callable[..., Any] | None = None, *args: Any) -> Peer:
-        """Start a process and have it run function(host, name, *args)."""
-        peer = self.peers[name] = Peer(self.fabric)
+    def start(
+        self,
+        name: str,
+        function: Callable[..., Any] | None = None,
+        *args: Any,
+        attached: bool = True,
+        **options: Any,
+    ) -> Peer:
+        """Start a process, attached with options, and have it run function(host, name, *args)."""
+        peer = self.peers[name] = Peer(self.fabric if attached else None, **options)
         self.pids[name] = peer.pid
         if function is not None:
             peer.call(function, name, *args)
@@ -136,8 +155,28 @@ def stage(size: int = 512 * MIB) -> Iterator[Stage]:
     """Run a stage."""
     with running_fabric(size) as (name, pid):
         made = Stage(name, pid)
-        yield made
+        try:
+            yield made
+        except BaseException:
+            for peer in made.peers.values():
+                peer.kill()
+            raise
         made.leave()
+        _expect_all_free(name)
+
+
+def _expect_all_free(fabric: str) -> None:
+    """Check that every frame is back and no Ref alive, now that everybody has left; the coordinator may still be at it."""
+    give_up = time.monotonic() + LEAVE_SECONDS
+    with device.open(fabric, writable=False) as opened:
+        while True:
+            audit = opened.audit()
+            held = {what: audit[what] for what in ("in_use", "live_refs", "nr_violations")}
+            if not any(held.values()):
+                return
+            if time.monotonic() > give_up:
+                raise AssertionError(f"everybody has left {fabric}, and yet: {held}")
+            time.sleep(SETTLE_SECONDS)
 
 
 PLACES: tuple[tuple[str, int | None], ...] = (("one CPU", PINNED_CPU), ("free", None))

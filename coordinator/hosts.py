@@ -48,6 +48,15 @@ PREDECESSOR_SECONDS = 0.1  # between looks whether a coordinator that was replac
 USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a host was asked for last, by a recall."""
+
+    everything: bool
+    free: int
+    """Frames it had then."""
+
+
 class LiveHost:
     """A host as long as this coordinator has to do with it."""
 
@@ -58,10 +67,10 @@ class LiveHost:
         self.guard: Connection | None = None
         self.guard_fd = -1
         self.retirement: asyncio.Task[None] | None = None
-        self.not_asked_before = 0.0
         self.owes_answer_until = 0.0
-        self.asked_for_all = False
-        """The last recall left it nothing to keep."""
+        self.asked = Asked(everything=False, free=0)
+        self.withheld = {False: 0, True: 0}
+        """Free frames it had when it was asked last and gave none: for those above its low watermark, for all."""
 
     def __str__(self) -> str:
         pid = f", pid {self.process.pid}" if self.process else ""

@@ -17,7 +17,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,6 +90,7 @@ class Scrubber:
         if not self._pace.interval:
             return
         while True:
+            self._soon.clear()  # who goes from now on may have been looked at already
             wait = self._pace.interval
             async with self._looking:
                 await self._look(self._pace.share)
@@ -98,9 +98,12 @@ class Scrubber:
                     await self._look(self._pace.share)
                     if self._suspects(LOOKS) and not await self._settle(repair=True, seconds=0.2):
                         wait = min(wait, 1.0)
-            self._soon.clear()
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._soon.wait(), wait)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
+            timer = self._loop.call_later(wait, self._soon.set)
+            try:
+                await self._soon.wait()
+            finally:
+                timer.cancel()
 
     async def check(self, *, repair: bool, seconds: float) -> dict[str, Any]:
         """Look now, at full speed, and try for so long to be certain. Returns what `dmrpc fsck` shows."""

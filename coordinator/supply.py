@@ -16,7 +16,7 @@ from dmrpc_cxl.errors import OutOfFrames, PeerError, RemoteProtocolError
 
 from .connection import Connection
 from .frames import Frames
-from .hosts import Hosts, LiveHost
+from .hosts import Asked, Hosts, LiveHost
 from .ledger import Ledger, OverQuota, Run
 from .messages import Grant, MsgType, Recall
 from .waits import Changes
@@ -93,8 +93,8 @@ class Supply:
             except OutOfFrames:
                 if not deadline:
                     deadline = loop.time() + self._recall_seconds
-                    if await self._hosts.find_lost_frames():
-                        continue
+                    await self._hosts.find_lost_frames()
+                    continue  # whether it found some or not: others may have returned some meanwhile
                 awaited = (
                     self._recall(host, want, min_run)
                     or self._recall(host, want, min_run, everything=True)
@@ -111,8 +111,10 @@ class Supply:
             RemoteProtocolError: they cannot be frames of the device.
         """
         host.owes_answer_until = 0.0
-        if runs or not host.asked_for_all:
-            host.not_asked_before = 0.0  # it may be asked again for what it frees from now on
+        if runs:
+            host.withheld = {False: 0, True: 0}
+        else:  # it may be asked again once it has more
+            host.withheld[host.asked.everything] = host.asked.free
         self._frames.take_back(host.account, runs)
         crash_point("return_counted")
         self._changes.announce()
@@ -123,28 +125,28 @@ class Supply:
         """Ask hosts that sit on free frames for `want`; for a long run, for all they have.
 
         What a host wants to keep ready, its low watermark, is left to it, unless `everything` is asked for. A host that
-        has not answered, or has nothing to give, is asked once in `recall_seconds`. Returns whether some host has been
-        asked and not answered.
+        does not answer is asked once in `recall_seconds`, one that gave nothing when it has more. Returns whether some
+        host has been asked and not answered.
         """
         now = asyncio.get_running_loop().time()
-        idle: list[tuple[int, LiveHost]] = []
+        idle: list[tuple[int, int, LiveHost]] = []
         for host in self._hosts:
-            if host is not short and host.account.alive and now >= host.not_asked_before:
+            if host is not short and host.account.alive and now >= host.owes_answer_until:
                 entry = self._device.host(host.account.host)
                 keep = 0 if everything else host.account.watermarks.low
                 free = entry["nr_free"] + entry["nr_coming_home"]
                 spare = free - max(entry["nr_reserved"], keep)
-                if spare > 0:
-                    idle.append((spare, host))
-        for spare, host in sorted(idle, key=lambda found: -found[0]):
+                if spare > 0 and free > host.withheld[everything]:
+                    idle.append((spare, free, host))
+        for spare, free, host in sorted(idle, key=lambda found: -found[0]):
             if want <= 0:
                 break
             ask = spare if min_run > 1 else min(spare, want)
             keep = 0 if everything else host.account.watermarks.low
             if host.notify(MsgType.NOTIFY_RECALL, Recall(ask, keep)):
                 self.recalls += 1
-                host.asked_for_all = everything
-                host.not_asked_before = host.owes_answer_until = now + self._recall_seconds
+                host.owes_answer_until = now + self._recall_seconds
+                host.asked = Asked(everything, free)
                 want -= 0 if min_run > 1 else ask
                 log.info("asked host %d for %d free frames", host.account.host, ask)
         return any(now < host.owes_answer_until for host in self._hosts if host is not short)

@@ -67,6 +67,7 @@ LAYOUT = {
     "INTENT_COW": <int>DM_INTENT_COW,
     "INTENT_FILL": <int>DM_INTENT_FILL,
     "INTENT_RETURN": <int>DM_INTENT_RETURN,
+    "INTENT_HOME": <int>DM_INTENT_HOME,
 }
 
 
@@ -781,6 +782,11 @@ cdef class Device:
                     host: found.free_of[host]
                     for host in range(1, self.dev.geo.max_hosts + 1)
                     if found.free_of[host]
+                },
+                "coming_home": {
+                    host: found.coming_to[host]
+                    for host in range(1, self.dev.geo.max_hosts + 1)
+                    if found.coming_to[host]
                 },
                 "in_use": found.in_use,
                 "mapped_pages": found.mapped_pages,

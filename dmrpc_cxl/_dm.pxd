@@ -30,6 +30,30 @@ cdef extern from "dm.h" nogil:
         uint32_t copy_around
         uint64_t deadline_ns
 
+    struct dm_latency:
+        uint64_t line_ps
+        uint32_t overlap
+        uint64_t lines_alone
+        uint64_t lines_copied
+        uint64_t waits
+        uint64_t owed_ns
+        uint64_t waited_ns
+
+    struct dm_latency_measured:
+        double local_ns
+        double overshoot_ns
+        double charge_ns
+
+    enum:
+        DM_LATENCY_MAX_NS
+        DM_LATENCY_MAX_OVERLAP
+
+    dm_latency_measured dm_latency_measure()
+    void dm_latency_set(dm_latency *l, uint64_t extra_ps, uint32_t overlap)
+    double dm_latency_error(uint64_t extra_ps)
+    bint dm_latency_on(const dm_latency *l)
+    void dm_latency_bytes(dm_latency *l, uint64_t bytes)
+
     struct dm_vma:
         uint32_t page
         uint32_t nr_pages
@@ -66,6 +90,7 @@ cdef extern from "dm.h" nogil:
         int handler_tid
         dm_link link
         dm_freelist free
+        dm_latency latency
 
     int dm_attach(const dm_attach_how *how, dm_host **out, dm_error *e)
     int dm_detach(dm_host *h, dm_error *e)

@@ -960,6 +960,45 @@ cdef class Host:
         out["vm_piece_limit"] = h.vm_piece_limit
         return out
 
+    def _latency_set(self, double extra_ns, uint32_t overlap):
+        """Have the DM layer take so much longer for each cache line; 0: be as fast as it is. See latency.py."""
+        cdef dm_host *h = self.enter("emulate_latency")
+        if not 0 <= extra_ns <= DM_LATENCY_MAX_NS or not 1 <= overlap <= DM_LATENCY_MAX_OVERLAP:
+            raise ValueError(f"0 to {DM_LATENCY_MAX_NS} ns more, 1 to {DM_LATENCY_MAX_OVERLAP} lines at once")
+        cdef uint64_t extra_ps = <uint64_t>(extra_ns * 1000)
+        self.users += 1
+        with nogil:
+            dm_latency_set(&h.latency, extra_ps, overlap)
+        self.users -= 1
+
+    def _latency_counts(self):
+        """Return what the model of slower memory has charged and waited."""
+        cdef dm_latency *l = &self.enter("latency").latency
+        return {
+            "overlap": l.overlap,
+            "extra_ns": l.line_ps / 1000.0,
+            "lines_alone": l.lines_alone,
+            "lines_copied": l.lines_copied,
+            "waits": l.waits,
+            "owed_ns": l.owed_ns,
+            "waited_ns": l.waited_ns,
+        }
+
+    def charge(self, size_t nbytes):
+        """Say that loads or stores moved so many bytes to or from DM; costs time when slower memory is emulated.
+
+        The DM layer cannot see plain loads and stores. Code that wants them in the model says so itself.
+        """
+        cdef dm_host *h = self.enter("charge")
+        if dm_latency_on(&h.latency):
+            with nogil:
+                dm_latency_bytes(&h.latency, nbytes)
+
+    @property
+    def emulates_latency(self):
+        """Whether slower memory is emulated."""
+        return dm_latency_on(&self.enter("emulates_latency").latency)
+
     def contains(self, target):
         """Return whether an object's memory, or an address, lies in a mapping of this host."""
         cdef Py_buffer view
@@ -989,6 +1028,23 @@ cdef class Host:
         self.users -= 1
         raise_status(s, &err, "coordinator")
         return bytes(reply[:length])
+
+
+def latency_measured():
+    """Return (ns of one load that misses every cache, ns that a wait of the model takes too long), measured once."""
+    cdef dm_latency_measured found
+    with nogil:
+        found = dm_latency_measure()
+    return found.local_ns, found.overshoot_ns
+
+
+def latency_error(double extra_ns):
+    """Return by which share charges of the model take longer than what they charge, measured now."""
+    cdef double found
+    cdef uint64_t extra_ps = <uint64_t>(extra_ns * 1000)
+    with nogil:
+        found = dm_latency_error(extra_ps)
+    return found
 
 
 cdef tuple _range(object at, object size):

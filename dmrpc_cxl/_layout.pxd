@@ -91,6 +91,7 @@ cdef extern from "csrc/layout.h" nogil:
         DM_INTENT_COW
         DM_INTENT_FILL
         DM_INTENT_RETURN
+        DM_INTENT_HOME
 
     cdef enum dm_ref_state_name "dm_ref_state":
         DM_REF_FREE
@@ -339,6 +340,7 @@ cdef extern from "csrc/device.h" nogil:
         uint64_t in_flight
         uint64_t nr_violations
         uint64_t free_of[1025]
+        uint64_t coming_to[1025]
         dm_violation violations[64]
 
     const dm_counter_info dm_device_counters[]

@@ -14,6 +14,11 @@ import click
 COMMANDS = {
     "fabric": ("dmrpc_cxl.fabric.commands", "fabric", "Make, look at and remove G-FAM devices."),
     "coordinator": ("dmrpc_cxl.coordinator.__main__", "main", "Run the coordinator of a fabric."),
+    "net-server": (
+        "dmrpc_net.server",
+        "main",
+        "Run a memory server, for hosts without the device.",
+    ),
     "fsck": ("dmrpc_cxl.fabric.check", "main", "Account for every frame of a fabric, and repair."),
     "doctor": ("dmrpc_cxl.doctor", "main", "Check whether DmRPC can work on this machine."),
 }

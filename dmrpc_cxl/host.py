@@ -25,6 +25,7 @@ import numpy.typing as npt
 from . import _native
 from ._native import Buffer, Ref
 from .errors import BadSize, DeviceNotFound
+from .latency import DEFAULT_OVERLAP, Latency, extra_nanoseconds
 
 __all__ = ["Buffer", "Host", "Ref"]
 
@@ -51,6 +52,8 @@ class Host(_native.Host):
         deadline: float = 5.0,
         reads_allocate: bool = False,
         user_mode_only: bool = False,
+        latency: str | float | None = None,
+        latency_overlap: int = DEFAULT_OVERLAP,
     ) -> HostType:
         """Join a fabric: register with its coordinator, map the device, start the fault handler.
 
@@ -70,6 +73,8 @@ class Host(_native.Host):
             reads_allocate: take a frame when a hole is read, as kernels before 6.4 make us do.
             user_mode_only: open userfaultfd so that unprivileged users may; stores by the kernel into shared
                 pages (``recv_into``) then fail with EFAULT instead of being copied.
+            latency: emulate a device that slow, "265ns" or a number of ns; see :mod:`dmrpc_cxl.latency`.
+            latency_overlap: cache lines of a copy that are under way at once in that model.
 
         Returns:
             Host: attached; a context manager that detaches.
@@ -92,7 +97,7 @@ class Host(_native.Host):
                 f"no fabric {fabric!r}: {path} does not exist; create it with `dmrpc fabric create {fabric}`"
             ) from None
         try:
-            return cls(
+            host = cls(
                 fd,
                 fabric,
                 name or f"pid-{os.getpid()}",
@@ -108,6 +113,46 @@ class Host(_native.Host):
             )
         finally:
             os.close(fd)
+        if latency is not None:
+            try:
+                host.emulate_latency(latency, overlap=latency_overlap)
+            except ValueError:
+                host.detach()
+                raise
+        return host
+
+    def emulate_latency(
+        self, latency: str | float | None, *, overlap: int = DEFAULT_OVERLAP
+    ) -> Latency | None:
+        """Have the DM layer of this host be as slow as a device of that latency from now on; None: no longer.
+
+        Takes a tenth of a second the first time in a process, to measure what this machine's memory is like.
+
+        Returns:
+            Latency: the model, with its own error; None if there is none.
+        """
+        if latency is None:
+            self._latency_set(0, 1)
+            self._model: tuple[str, float] | None = None
+            return None
+        extra = extra_nanoseconds(latency)
+        self._latency_set(extra, overlap)
+        asked = latency if isinstance(latency, str) else f"{latency:g}ns"
+        self._model = asked, _native.latency_error(extra)
+        return self.latency
+
+    @property
+    def latency(self) -> Latency | None:
+        """The model of slower memory, and what it has charged so far; None: there is none."""
+        model: tuple[str, float] | None = getattr(self, "_model", None)
+        if model is None:
+            return None
+        return Latency(
+            asked=model[0],
+            local_ns=_native.latency_measured()[0],
+            error=model[1],
+            **self._latency_counts(),
+        )
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
         """Return an uninitialised ndarray that lives in DM; its memory is freed with its last view."""
@@ -122,6 +167,8 @@ class Host(_native.Host):
         source = np.asarray(values, dtype)
         target = self._array(source.shape, source.dtype, zero=False)
         target[...] = source
+        if self.emulates_latency:
+            self.charge(source.nbytes)
         return target
 
     def publish(self, name: str, endpoint: Any) -> None:

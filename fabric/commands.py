@@ -93,6 +93,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--sparse", is_flag=True, help="Do not take the room for the frames now.")
 @click.option("--prefault", is_flag=True, help="Touch every frame now.")
 @click.option("--overwrite", is_flag=True, help="Replace a device in which nobody lives.")
+@click.option("--numa-node", type=int, help="Take the frames from the memory of that node.")
 def create(
     name: str,
     size: int,
@@ -102,6 +103,7 @@ def create(
     sparse: bool,
     prefault: bool,
     overwrite: bool,
+    numa_node: int | None,
 ) -> None:
     """Make the device of a new fabric, /dev/shm/NAME."""
     from rich.console import Console
@@ -126,6 +128,7 @@ def create(
             preallocate=not sparse,
             prefault=prefault,
             overwrite=overwrite,
+            numa_node=numa_node,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     click.echo(str(path))

@@ -47,6 +47,7 @@ from dmrpc_cxl.errors import (
     SystemCallFailed,
 )
 
+from . import numa
 from .liveness import Inhabitant, inhabitants
 from .services import account, services
 from .topology import (
@@ -256,6 +257,7 @@ def create(
     preallocate: bool = True,
     prefault: bool = False,
     overwrite: bool = False,
+    numa_node: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Make the device of a new fabric; it appears complete or not at all.
@@ -270,6 +272,7 @@ def create(
             program that touches one when /dev/shm is full dies of SIGBUS.
         prefault: touch every frame now, so that nobody waits for the kernel to zero it later.
         overwrite: replace a device of that name in which nobody lives. It is removed first.
+        numa_node: take the frames from the memory of that node, as far memory; None: from where they are touched first.
         progress: is told how much of the prefaulting is done.
 
     Returns:
@@ -281,6 +284,7 @@ def create(
             is not an intact device.
         BadSize, MisuseError: an argument is out of range.
         DeviceFull: /dev/shm, or memory, has no room for it.
+        EnvironmentFault: the machine has no memory on that node.
     """
     path = path_of(name)
     machine_page = os.sysconf("SC_PAGESIZE")
@@ -302,6 +306,8 @@ def create(
     try:
         os.fchmod(fd, 0o600)
         os.truncate(fd, layout["device_bytes"])
+        if numa_node is not None:
+            numa.bind(fd, layout["data_off"], size, numa_node)
         if preallocate:
             _allocate(fd, layout["data_off"], size)
         format_device(fd, name, size, page_size, max_hosts, max_refs)

@@ -1,6 +1,6 @@
 """Running a fabric: a device, its coordinator and its hosts, from the first file to the last.
 
-    device ──▶ coordinator ──▶ hosts ──▶ ... ──▶ hosts end ──▶ frames are counted ──▶ coordinator stops ──▶ device goes
+    device ──▶ coordinator, memory servers ──▶ hosts ──▶ ... ──▶ hosts end ──▶ frames are counted ──▶ coordinator stops ──▶ device goes
 
 Rules. Only one thread decides; it waits for the ends of processes, for signals and for the next
 step of its plan, in one place (`_wait`). Whatever goes wrong first makes the exit status. Every way
@@ -29,9 +29,10 @@ from . import device
 from .children import Child, adopting_orphans, bury_orphans, describe, kill_strays
 from .interrupts import Interrupts
 from .leftovers import remove_dead_runs
+from .memory import MemoryServers
 from .output import Lines
 from .place import Place
-from .topology import Program, Topology, make_runtime_dir, remove_runtime_dirs
+from .topology import Program, Topology, make_runtime_dir, remove_runtime_dirs, runtime_dir
 
 TIMED_OUT = 124  # as timeout(1)
 FAILED = 1
@@ -66,11 +67,18 @@ class Launcher:
         """Plan a run; `lines` is where output goes, by default stdout and stderr."""
         self._topology = topology
         self._rules = rules
-        names = ["coordinator", *(host.name for host in topology.hosts)]
+        self._memory = MemoryServers(
+            runtime_dir(topology.fabric),
+            topology.memory_servers,
+            topology.memory_size,
+            topology.log_level,
+        )
+        names = ["coordinator", *self._memory.names, *(host.name for host in topology.hosts)]
         self._lines = lines or Lines(1, 2, max(map(len, names)))
         self._interrupts = Interrupts()
         self._selector = selectors.DefaultSelector()
         self._coordinator: Child | None = None
+        self._servers: list[Child] = []  # memory servers
         self._running: list[Child] = []  # hosts
         self._unread: list[Child] = []  # children whose output nobody prints yet
         self._readers: list[threading.Thread] = []
@@ -102,12 +110,14 @@ class Launcher:
                 page_size=self._topology.page_size,
                 max_hosts=self._topology.max_hosts,
                 max_refs=self._topology.max_refs,
+                numa_node=self._topology.numa_node,
             )
             try:
                 try:
                     self._start()
                     self._await_hosts()
                     self._stop_coordinator()
+                    self._stop_memory_servers()
                 finally:
                     self._end_everything()
                 self._count_frames()
@@ -201,7 +211,7 @@ class Launcher:
         if self._rules.timeout is not None:
             self._plan = [(time.monotonic() + self._rules.timeout, self._time_is_up)]
         try:
-            if self._start_coordinator():
+            if self._start_coordinator() and self._start_memory_servers():
                 self._start_hosts()
         finally:
             for child in self._unread:
@@ -232,12 +242,24 @@ class Launcher:
         finally:
             os.close(write)
         self._coordinator = child
-        self._selector.register(ready, selectors.EVENT_READ)
-        try:
-            return self._await_line(ready, child)
-        finally:
-            self._selector.unregister(ready)
-            os.close(ready)
+        return bool(self._await_line(ready, child))
+
+    def _start_memory_servers(self) -> bool:
+        """Start the memory servers, one after the other; False if one is not going to serve."""
+        if self._memory.names:
+            make_runtime_dir(self._topology.fabric)
+        for number, name in enumerate(self._memory.names):
+            ready, write = os.pipe()
+            try:
+                child = self._start_child(name, self._memory.program(number, write), (write,))
+            finally:
+                os.close(write)
+            self._servers.append(child)
+            line = self._await_line(ready, child)
+            if not line:
+                return False
+            self._memory.serves(line)
+        return True
 
     def _coordinator_program(self, *more: str) -> Program:
         topology = self._topology
@@ -253,17 +275,27 @@ class Launcher:
         program = self._coordinator_program()
         self._coordinator = self._start_child("coordinator", program, late=True)
 
-    def _await_line(self, ready: int, coordinator: Child) -> bool:
+    def _await_line(self, ready: int, child: Child) -> str:
+        """Return the line that a child writes to a pipe when it serves, and close the pipe; empty if it will not."""
         give_up = time.monotonic() + START_SECONDS
-        while not self._signalled and time.monotonic() < give_up:
-            if coordinator in self._wait(give_up):
-                self._coordinator_failed(coordinator)
-                return False
-            if select.select([ready], [], [], 0)[0] and os.read(ready, 4096):
-                return True
-        if not self._signalled:
-            self._fail(FAILED, f"the coordinator does not serve after {START_SECONDS:g} s")
-        return False
+        self._selector.register(ready, selectors.EVENT_READ)
+        try:
+            while not self._signalled and time.monotonic() < give_up:
+                ended = self._wait(give_up)
+                for one in ended:
+                    self._service_failed(one)
+                if ended:
+                    return ""
+                if select.select([ready], [], [], 0)[0] and (line := os.read(ready, 4096)):
+                    return line.decode()
+            if not self._signalled:
+                self._fail(
+                    FAILED, f"{self._called(child)} does not serve after {START_SECONDS:g} s"
+                )
+            return ""
+        finally:
+            self._selector.unregister(ready)
+            os.close(ready)
 
     def _start_hosts(self) -> None:
         topology = self._topology
@@ -271,7 +303,7 @@ class Launcher:
             f"{topology.fabric}: {topology.size >> 20} MiB in pages of {topology.page_size} bytes, "
             f"{len(topology.hosts)} hosts, coordinator over {topology.transport}"
         )
-        runtime_dir = str(make_runtime_dir(topology.fabric))
+        folder = str(make_runtime_dir(topology.fabric))
         for index, host in enumerate(topology.hosts):
             place = Place(
                 topology.fabric,
@@ -279,8 +311,11 @@ class Launcher:
                 index,
                 len(topology.hosts),
                 topology.transport,
-                runtime_dir,
+                folder,
                 topology.log_level,
+                ",".join(self._memory.addresses),
+                str(self._memory.secret) if self._memory.addresses else "",
+                topology.latency,
             )
             for program in host.programs:
                 env = (*program.env, *place.as_environment().items())
@@ -309,6 +344,9 @@ class Launcher:
                 if child is self._coordinator:
                     if not self._coordinator_ended(child):
                         self._stop_hosts()
+                elif child in self._servers:
+                    self._service_failed(child)
+                    self._stop_hosts()
                 else:
                     self._running.remove(child)
                     self._host_ended(child)
@@ -330,10 +368,10 @@ class Launcher:
         status, lived = coordinator.collect(), time.monotonic() - self._coordinator_began
         self._quick_deaths = self._quick_deaths + 1 if lived < QUICK_SECONDS else 0
         if status == 0 or not self._rules.restart:
-            self._coordinator_failed(coordinator)
+            self._service_failed(coordinator)
             return False
         if self._quick_deaths >= QUICK_DEATHS:
-            self._coordinator_failed(coordinator)
+            self._service_failed(coordinator)
             self._say(
                 f"it died {QUICK_DEATHS} times in a row within {QUICK_SECONDS:g} s of its start: "
                 "not started again"
@@ -345,10 +383,17 @@ class Launcher:
         self._restart_at = time.monotonic() + pause
         return True
 
-    def _coordinator_failed(self, coordinator: Child) -> None:
-        status = coordinator.collect()
-        self._fail(status or FAILED, f"the coordinator {describe(status)}")
-        self._coordinator = None
+    def _called(self, child: Child) -> str:
+        return "the coordinator" if child is self._coordinator else child.name
+
+    def _service_failed(self, child: Child) -> None:
+        """Take note that the coordinator or a memory server has ended, which it should not have."""
+        status = child.collect()
+        self._fail(status or FAILED, f"{self._called(child)} {describe(status)}")
+        if child is self._coordinator:
+            self._coordinator = None
+        else:
+            self._servers.remove(child)
 
     def _stop_coordinator(self) -> None:
         """Let the coordinator finish with the hosts that are gone, then stop it."""
@@ -362,20 +407,39 @@ class Launcher:
         with device.open(self._topology.fabric, writable=False) as opened:
             while opened.hosts() and time.monotonic() < give_up:
                 if child in self._wait(time.monotonic() + STEP_SECONDS):
-                    self._coordinator_failed(child)
+                    self._service_failed(child)
                     return
+        self._stop_service(child)
+
+    def _stop_service(self, child: Child) -> None:
         child.signal(signal.SIGTERM)
         give_up = time.monotonic() + END_SECONDS
         while child.status is None and time.monotonic() < give_up:
             self._wait(give_up)
         if child.status is None:
-            self._fail(FAILED, "the coordinator does not stop: killed")
+            self._fail(FAILED, f"{self._called(child)} does not stop: killed")
         elif child.status not in (0, 128 + signal.SIGTERM):  # the latter before it served
-            self._coordinator_failed(child)
+            self._service_failed(child)
+
+    def _stop_memory_servers(self) -> None:
+        """Count the pages of the memory servers, and stop them."""
+        if not self._servers or len(self._servers) < len(self._memory.names):
+            return  # what one held that is gone is nobody's
+        fine, text = self._memory.count()
+        if fine:
+            self._say(text)
+        else:
+            self._fail(FAILED, text)
+        for child in list(self._servers):
+            self._stop_service(child)
 
     def _end_everything(self) -> None:
         """Kill what is still running, and print what was still to be printed."""
-        left = [*self._running, *([self._coordinator] if self._coordinator else [])]
+        left = [
+            *self._running,
+            *self._servers,
+            *([self._coordinator] if self._coordinator else []),
+        ]
         for child in left:
             child.signal(signal.SIGKILL)
         for child in left:

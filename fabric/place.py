@@ -8,6 +8,10 @@ DMRPC_NR_HOSTS      number of hosts
 DMRPC_TRANSPORT     how to reach the coordinator: unix or tcp
 DMRPC_RUNTIME_DIR   folder for sockets, removed when the run is over
 DMRPC_LOG_LEVEL     debug, info, warning or error
+DMRPC_MEMORY        addresses of memory servers, with commas between,
+                    for ``dmrpc_net.attach``; may be empty
+DMRPC_MEMORY_SECRET file with their secret; may be empty
+DMRPC_LATENCY       of the device that hosts emulate, such as 265ns; empty: none
 ==================  ==================================================
 """
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import dmrpc_cxl
@@ -35,6 +39,9 @@ class Place:
     transport: str
     runtime_dir: str
     log_level: str
+    memory: str = ""
+    memory_secret: str = ""
+    latency: str = ""
 
     def as_environment(self) -> dict[str, str]:
         """Return the environment variables that say this."""
@@ -50,7 +57,11 @@ class Place:
             MisuseError: this program was not started by the launcher.
         """
         try:
-            text = {field.name: environ[_PREFIX + field.name.upper()] for field in fields(cls)}
+            text = {
+                field.name: environ[_PREFIX + field.name.upper()]
+                for field in fields(cls)
+                if field.default is MISSING or _PREFIX + field.name.upper() in environ
+            }
         except KeyError as error:
             raise MisuseError(
                 f"{error.args[0]} is not set: start this program with `dmrpc fabric run --program ...`"
@@ -71,5 +82,11 @@ def attach(**options: Any) -> dmrpc_cxl.Host:
     """
     place = Place.of_environment()
     return dmrpc_cxl.attach(
-        place.fabric, **{"name": place.host_name, "transport": place.transport, **options}
+        place.fabric,
+        **{
+            "name": place.host_name,
+            "transport": place.transport,
+            "latency": place.latency or None,
+            **options,
+        },
     )

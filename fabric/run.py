@@ -36,6 +36,27 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 @click.option(
     "--page-size", type=click.Choice([str(size) for size in topology.PAGE_SIZES]), default="4096"
 )
+@click.option(
+    "--memory-servers",
+    type=click.IntRange(0, 16),
+    default=0,
+    show_default=True,
+    help="Start so many memory servers as well; programs find them by dmrpc_net.attach().",
+)
+@click.option(
+    "--memory-size",
+    default=f"{topology.DEFAULT_SIZE >> 20}M",
+    callback=_size,
+    show_default=True,
+    help="Of the pool of each.",
+)
+@click.option("--numa-node", type=int, help="Take the frames from the memory of that node.")
+@click.option(
+    "--latency",
+    default="",
+    metavar="LATENCY",
+    help="Have hosts emulate a device that slow: 265ns, +190ns.",
+)
 @click.option("--tcp", is_flag=True, help="Hosts reach the coordinator over TCP (loopback).")
 @click.option(
     "--log-level", type=click.Choice(topology.LOG_LEVELS), default="warning", show_default=True
@@ -67,6 +88,10 @@ def run(
     fabric: str | None,
     size: int,
     page_size: str,
+    memory_servers: int,
+    memory_size: int,
+    numa_node: int | None,
+    latency: str,
     tcp: bool,
     log_level: str,
     timeout: float | None,
@@ -100,6 +125,10 @@ def run(
         max_hosts=max(topology.DEFAULT_MAX_HOSTS, len(specs)),
         transport="tcp" if tcp else "unix",
         log_level=log_level,
+        memory_servers=memory_servers,
+        memory_size=memory_size,
+        numa_node=numa_node,
+        latency=latency,
     )
     rules = Rules(timeout=timeout, grace=grace, keep_going=keep_going, restart=restart, keep=keep)
     sys.stdout.flush()

@@ -186,6 +186,10 @@ class Topology:
     max_refs: int = DEFAULT_MAX_REFS
     transport: Transport = "unix"
     log_level: str = "info"
+    memory_servers: int = 0
+    memory_size: int = DEFAULT_SIZE
+    numa_node: int | None = None  # that the frames come from
+    latency: str = ""  # that hosts emulate
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is started."""

@@ -4,7 +4,7 @@
 # Usage: scripts/run_c_tests.sh plain|asan|tsan PROGRAM...
 #
 # A program passes by exit status 0; 77 says that this machine cannot run it, and its last line why.
-# Anything else, a signal, a sanitizer's complaint or DM_TEST_TIMEOUT seconds (default 120) without an
+# Anything else, a signal, a sanitizer's complaint or DM_TEST_TIMEOUT seconds (default 300) without an
 # end, is a failure.
 set -euo pipefail
 
@@ -29,7 +29,7 @@ failed=0
 for program in "$@"; do
     name=$(basename "$program")
     status=0
-    timeout --kill-after=10 "${DM_TEST_TIMEOUT:-120}" ${prefix[@]+"${prefix[@]}"} "$program" \
+    timeout --kill-after=10 "${DM_TEST_TIMEOUT:-300}" ${prefix[@]+"${prefix[@]}"} "$program" \
         >"$output" 2>&1 </dev/null || status=$?
     case $status in
         0) echo "ok       $variant $name" ;;
@@ -37,7 +37,7 @@ for program in "$@"; do
         *)
             failed=$((failed + 1))
             case $status in
-                124) why="no end after ${DM_TEST_TIMEOUT:-120} s" ;;
+                124) why="no end after ${DM_TEST_TIMEOUT:-300} s" ;;
                 *) why="exit status $status" ;;
             esac
             echo "FAILED   $variant $name: $why"

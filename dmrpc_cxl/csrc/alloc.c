@@ -218,6 +218,7 @@ void dm_zero(struct dm_host *h, uint32_t id) {
         memset(dm_frame_data(h, pfn), 0, n * page_bytes);
     }
     DM_COUNT(h, bytes_zeroed, v->nr_pages * page_bytes);
+    dm_latency_bytes(&h->latency, v->nr_pages * page_bytes);
 }
 
 /* Frames that come free one after the other, put on the free list as runs. */
@@ -240,6 +241,7 @@ void dm_freed_end(struct dm_host *h, struct dm_run *run) {
 /* Clear PTEs and drop their counts, page by page: a crash leaves at most one frame counted once too often. */
 void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr) {
     struct dm_run freed = {0, 0};
+    uint32_t nr_freed = 0;
     for (uint32_t i = 0; i < nr; i++) {
         uint32_t pte = h->pt[page + i];
         __builtin_prefetch(&h->frames[(pte & DM_PTE_PFN) + DM_COUNTS_AHEAD], 1);
@@ -247,10 +249,13 @@ void dm_uncount_pages(struct dm_host *h, uint32_t page, uint32_t nr) {
         DM_CRASH_POINT(pte_uncounted);
         if (h->free.nr_displaced && page + i < h->nr_frames)
             dm_freelist_vacated(&h->free, page + i);
-        if (pte & DM_PTE_PRESENT && dm_count_down(h, pte & DM_PTE_PFN))
+        if (pte & DM_PTE_PRESENT && dm_count_down(h, pte & DM_PTE_PFN)) {
             dm_freed_add(h, &freed, pte & DM_PTE_PFN);
+            nr_freed++;
+        }
     }
     dm_freed_end(h, &freed);
+    DM_COUNT(h, frames_freed, nr_freed);
 }
 
 /* rfree of a whole mapping. On failure (restoring the windows needs the kernel) nothing has changed for others
@@ -269,6 +274,7 @@ int dm_rfree(struct dm_host *h, uint32_t id, struct dm_error *e) {
         dm_pt_clear(h, page, nr);
         dm_frames_leave_use(h, page, nr);
         dm_intent_end(in);
+        DM_COUNT(h, frames_freed, nr);
         DM_CRASH_POINT(free_ended);
         if (!v->home || !dm_send_home(h, v->home, page, nr)) {
             dm_freelist_put(&h->free, page, nr);

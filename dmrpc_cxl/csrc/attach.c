@@ -384,6 +384,7 @@ int dm_attach(const struct dm_attach *how, struct dm_host **out, struct dm_error
     pthread_mutex_init(&h->lock, NULL);
     pthread_mutex_init(&h->link_lock, NULL);
     pthread_cond_init(&h->work, NULL);
+    dm_latency_init(&h->latency);
     int s = set_up(h, how, e);
     if (s) {
         if (h->id) /* the coordinator reclaims what is left of the registration */

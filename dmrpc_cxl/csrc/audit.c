@@ -230,6 +230,7 @@ static void audit_frame(struct audit *a, uint32_t pfn) {
             return;
         }
         a->out->free_of[owner]++;
+        a->out->coming_to[owner] += dm_frame_coming(word);
         if (__atomic_load_n(&a->dev->hosts[owner - 1].state, __ATOMIC_ACQUIRE) == DM_HOST_FREE)
             violation(a, pfn, "frame %u is owned by host %u, which is not attached: leaked", pfn,
                       owner);

@@ -39,6 +39,8 @@ static __attribute__((cold, noinline)) void leave_use_one_by_one(struct dm_host 
 /* 0 -> 1 for frames this host owns: nobody else may change their words, so plain stores do. */
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
+    dm_charge_frames(h, pfn, nr);
+    DM_COUNT(h, frames_allocated, nr);
     if (DM_CRASH_IS_ARMED) {
         enter_use_one_by_one(h, word, nr);
         return;
@@ -52,6 +54,7 @@ void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
 /* 1 -> 0 for frames of which the caller is known to be the only holder: nobody else may touch the words. */
 void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
+    dm_charge_frames(h, pfn, nr);
     __atomic_thread_fence(__ATOMIC_RELEASE);
     if (DM_CRASH_IS_ARMED) {
         leave_use_one_by_one(h, word, nr);
@@ -76,6 +79,7 @@ bool dm_count_down(struct dm_host *h, uint32_t pfn) {
             dm_frame_refcount(word) == 1 ? dm_frame_pack(0, h->id, dm_frame_seq(word)) : word - 1;
     } while (!__atomic_compare_exchange_n(&h->frames[pfn], &word, next, true, __ATOMIC_ACQ_REL,
                                           __ATOMIC_RELAXED));
+    dm_charge_frames(h, pfn, 1);
     DM_CRASH_POINT(frame_counted_down);
     return dm_frame_refcount(next) == 0;
 }
@@ -97,10 +101,11 @@ void dm_frame_freed(struct dm_host *h, uint32_t pfn, uint32_t nr) {
 }
 
 /* Does the caller's count on each frame stand alone? True stays true: only a holder can add counts. */
-bool dm_all_exclusive(const struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs) {
+bool dm_all_exclusive(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs) {
     for (uint32_t r = 0; r < nr_runs; r++) {
         if (runs[r].pfn == DM_NO_FRAME)
             continue;
+        dm_charge_frames(h, runs[r].pfn, runs[r].count);
         for (uint32_t i = 0; i < runs[r].count; i++)
             if (dm_frame_refcount(__atomic_load_n(&h->frames[runs[r].pfn + i], __ATOMIC_ACQUIRE)) !=
                 1)

@@ -3,7 +3,7 @@
  *
  * At each of them a process can be made to kill itself, at the n-th time it passes there: so a campaign can end a
  * process of any role inside of any operation, and say exactly where (tests/crash). Always compiled in: off, a point is
- * one branch on a global that is never taken (docs/decisions/0016-crash-points.md). -DDM_NO_CRASH_POINTS leaves them out.
+ * one branch on a global that is never taken. -DDM_NO_CRASH_POINTS leaves them out.
  *
  *     DM_CRASH_POINT=label[:n]        read at attach and when a device is opened; n is 1 if it is left out; "none" only
  *                                     counts
@@ -154,6 +154,7 @@
     X(recover_progress, "progress is written, the count still there")                              \
     X(recover_counted_down, "a count was dropped")                                                 \
     X(recover_reclaimed, "a frame that it owned is the pool's")                                    \
+    X(recover_told_home, "the home of frames that it was handing over can see where to look")      \
     X(recover_drop_begun, "it is written which Ref is being dropped")                              \
     X(recover_claimed, "a Ref that it held is claimed to be dropped")                              \
     X(recover_unlinked, "an overflow frame is unlinked, its count not dropped")                    \

@@ -166,7 +166,8 @@ struct dm_audit {
     uint64_t overflow_frames;
     uint64_t in_flight;     /* intents and Refs in transition: unless 0 the rest may be transient */
     uint64_t nr_violations; /* all of them; the list holds the first ones */
-    uint64_t free_of[DM_MAX_HOSTS + 1]; /* by owner; [DM_OWNER_POOL] stays 0 */
+    uint64_t free_of[DM_MAX_HOSTS + 1];   /* by owner; [DM_OWNER_POOL] stays 0 */
+    uint64_t coming_to[DM_MAX_HOSTS + 1]; /* of these, handed over and not taken in */
     struct dm_violation violations[DM_AUDIT_MAX_VIOLATIONS];
 };
 

@@ -105,6 +105,7 @@ static void copy_frames(struct dm_host *h, uint32_t page, const struct dm_run *r
     }
     DM_COUNT(h, frames_copied, run->count);
     DM_COUNT(h, bytes_copied, run->count * page_bytes);
+    dm_latency_bytes(&h->latency, 2 * run->count * page_bytes);
 }
 
 /* Copy completely, repoint, then drop the count. The old frames cannot change meanwhile: this host still holds a
@@ -119,6 +120,7 @@ static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page,
     show_or_die(h, page, run->pfn, run->count);
     DM_CRASH_POINT(cow_shown);
     struct dm_run freed = {0, 0};
+    uint32_t nr_freed = 0;
     for (uint32_t i = 0; i < run->count; i++) {
         uint32_t pte = h->pt[page + i], old = pte & DM_PTE_PFN;
         in->old = old;
@@ -129,10 +131,13 @@ static void copy_on_write(struct dm_host *h, struct dm_vma *v, uint32_t page,
         dm_intent_progress(in, i + 1);
         DM_CRASH_POINT(cow_progress);
         /* Two hosts may copy the same frame at once: the drop that returns "last" reclaims it. */
-        if (dm_count_down(h, old))
+        if (dm_count_down(h, old)) {
             dm_freed_add(h, &freed, old);
+            nr_freed++;
+        }
     }
     dm_freed_end(h, &freed);
+    DM_COUNT(h, frames_freed, nr_freed);
     dm_intent_end(in);
     DM_CRASH_POINT(cow_ended);
     v->flags |= DM_VMA_DIRTY;
@@ -147,6 +152,7 @@ static void fill_holes(struct dm_host *h, struct dm_vma *v, uint32_t page,
     dm_frames_enter_use(h, run->pfn, run->count);
     memset(dm_frame_data(h, run->pfn), 0, bytes);
     DM_CRASH_POINT(fill_zeroed);
+    dm_latency_bytes(&h->latency, bytes);
     show_or_die(h, page, run->pfn, run->count);
     DM_CRASH_POINT(fill_shown);
     dm_pt_set(h, page, run->pfn, run->count, h->pt[page] & DM_PTE_HEAD);

@@ -10,7 +10,7 @@
  * - Home, before or after: it is found not to be ACTIVE after the words were stored, and they are taken back. If it dies later,
  *   its recovery takes them, as any other free frame of its own: the store, a fence, the look here; the state, a fence, the
  *   look at the words there.
- * - This host, in between: the intent says which run, and its recovery takes back what nobody else's will.
+ * - This host, in between: the intent says which run, and its recovery takes back what nobody else's will, or leaves the hint.
  * - Home's entry is another process's by now: the frames are a gift to that one.
  * Taking in and taking back are compare-and-swaps of the same word, so one of them has the frame.
  *
@@ -23,7 +23,15 @@
 #include "dm.h"
 #include "intent.h"
 
-static uint64_t pack(uint32_t pfn, uint32_t nr) { return (uint64_t)nr << 32 | pfn; }
+/* Tell a host where to look for frames that were handed to it. Context: any process. */
+void dm_leave_hint(struct dm_host_entry *home, uint32_t pfn, uint32_t nr) {
+    struct dm_homecoming *inbox = &home->homecoming;
+    __atomic_fetch_add(&inbox->nr_frames, nr, __ATOMIC_RELAXED);
+    uint32_t slot = __atomic_fetch_add(&inbox->nr_taken, 1, __ATOMIC_RELAXED) % DM_HINTS;
+    /* Release, both: who sees that there is a hint reads it, and who reads it sees the words. */
+    __atomic_store_n(&inbox->hints[slot], (uint64_t)nr << 32 | pfn, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&inbox->nr_hints, 1, __ATOMIC_RELEASE);
+}
 
 /* Home is not there: what nobody else has taken is this host's again. */
 static void take_back(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr) {
@@ -41,21 +49,11 @@ static void take_back(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr)
     dm_freed_end(h, &freed);
 }
 
-static void leave_hint(struct dm_homecoming *inbox, uint32_t pfn, uint32_t nr) {
-    __atomic_fetch_add(&inbox->nr_frames, nr, __ATOMIC_RELAXED);
-    uint32_t slot = __atomic_fetch_add(&inbox->nr_taken, 1, __ATOMIC_RELAXED) % DM_HINTS;
-    /* Release, both: who sees that there is a hint reads it, and who reads it sees the words. */
-    __atomic_store_n(&inbox->hints[slot], pack(pfn, nr), __ATOMIC_RELEASE);
-    __atomic_fetch_add(&inbox->nr_hints, 1, __ATOMIC_RELEASE);
-}
-
 /* Hand a free run of this host's, which is on no list, to its home. False, and nothing has changed: it stays here. */
 bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr) {
     if (to == DM_OWNER_POOL || to == h->id || to > h->device.geo.max_hosts)
         return false;
     struct dm_host_entry *home = &h->device.hosts[to - 1];
-    if (__atomic_load_n(&home->state, __ATOMIC_RELAXED) != DM_HOST_ACTIVE)
-        return false;
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_HOME, to, nr, pfn, 0, 0);
     DM_CRASH_POINT(home_begun);
     for (uint32_t i = 0; i < nr; i++) {
@@ -67,7 +65,7 @@ bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr) {
     }
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* pairs with the one in recover.c: take_free_frames */
     if (__atomic_load_n(&home->state, __ATOMIC_RELAXED) == DM_HOST_ACTIVE) {
-        leave_hint(&home->homecoming, pfn, nr);
+        dm_leave_hint(home, pfn, nr);
         DM_CRASH_POINT(home_hinted);
         DM_COUNT(h, frames_sent_home, nr);
     } else {

@@ -25,6 +25,7 @@
 #include "crash.h"
 #include "device.h"
 #include "freelist.h"
+#include "latency.h"
 #include "layout.h"
 #include "status.h"
 #include "wire.h"
@@ -113,6 +114,7 @@ struct dm_host {
     unsigned fork_generation;
     char name[DM_NAME_BYTES];
     char fabric[DM_NAME_BYTES];
+    struct dm_latency latency; /* of slower memory; off by default */
 
     int device_fd, uffd;
     uint64_t device_dev, device_ino, uffd_dev, uffd_ino;
@@ -214,9 +216,21 @@ static inline bool dm_all_zero(const uint32_t *table, uint32_t nr) {
     return (any[0] | any[1] | any[2] | any[3] | rest) == 0;
 }
 
+/* Which table words are of, for dm_latency_words. */
+#define DM_FRAME_WORDS 0u
+#define DM_REF_WORDS 1u
+static inline void dm_charge_frames(struct dm_host *h, uint32_t pfn, uint32_t nr) {
+    dm_latency_words(&h->latency, DM_FRAME_WORDS, pfn, nr);
+}
+#define DM_WORDS_PER_REF (sizeof(struct dm_ref_entry) / 8)
+static inline void dm_charge_ref(struct dm_host *h, uint32_t index) {
+    dm_latency_words(&h->latency, DM_REF_WORDS, index * DM_WORDS_PER_REF, DM_WORDS_PER_REF);
+}
+
 /* +1. Relaxed: the caller holds a count through a mapping or a Ref, so the frame cannot go away meanwhile. */
 static inline int dm_count_up(struct dm_host *h, uint32_t pfn) {
     uint64_t before = __atomic_fetch_add(&h->frames[pfn], 1, __ATOMIC_RELAXED);
+    dm_charge_frames(h, pfn, 1);
     if (__builtin_expect(dm_frame_refcount(before) < DM_REFCOUNT_MAX, 1))
         return DM_OK;
     DM_CRASH_POINT(frame_overcounted);
@@ -243,7 +257,7 @@ void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
 void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr);
 bool dm_count_down(struct dm_host *h, uint32_t pfn);
 void dm_frame_freed(struct dm_host *h, uint32_t pfn, uint32_t nr);
-bool dm_all_exclusive(const struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs);
+bool dm_all_exclusive(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs);
 
 /* ---- supply.c: frames from and to the coordinator */
 int dm_take_run(struct dm_host *h, uint32_t nr, bool may_block, uint32_t *pfn, struct dm_error *e);
@@ -259,6 +273,7 @@ void dm_add_owned(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs
 
 /* ---- home.c: frames that other hosts freed */
 bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr);
+void dm_leave_hint(struct dm_host_entry *home, uint32_t pfn, uint32_t nr);
 bool dm_take_in(struct dm_host *h, uint32_t pfn);
 void dm_take_hints(struct dm_host *h);
 bool dm_search_home(struct dm_host *h);

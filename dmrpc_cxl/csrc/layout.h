@@ -149,7 +149,9 @@ struct dm_intent {
     X(map_views, "view_ref operations that touched no page-table entry")                           \
     X(views_materialised, "views that became mappings because they were stored to or shared")      \
     X(frames_sent_home, "freed frames handed to the host that had sent them")                      \
-    X(frames_came_home, "frames that other hosts freed and handed back")
+    X(frames_came_home, "frames that other hosts freed and handed back")                           \
+    X(frames_allocated, "frames that this host took into use")                                     \
+    X(frames_freed, "frames whose last count this host dropped")
 
 enum dm_counter {
 #define DM_COUNTER_ENUM(name, text) DM_CNT_##name,

@@ -194,6 +194,7 @@ static int map_copy(struct dm_host *h, struct placing *p, uint32_t *id, struct d
                 memcpy(to, dm_frame_data(h, run->pfn + i), page_bytes);
         }
     }
+    dm_latency_bytes(&h->latency, 2 * p->nr * page_bytes);
     dm_lock(h);
     DM_CRASH_POINT(map_copied);
     __atomic_store_n(&h->refs[p->index].state,

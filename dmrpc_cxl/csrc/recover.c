@@ -334,16 +334,22 @@ static void finish_free(struct recovery *r) {
     }
 }
 
-/* Free frames that the host was handing to another: what was stored is that one's, unless it is gone, too. */
+/* Free frames that the host was handing to another: what was stored is that one's, which is told, unless it is gone, too. */
 static void take_back(struct recovery *r) {
     const struct dm_intent *in = r->intent;
-    if (in->page == DM_OWNER_POOL || in->page > r->dev->geo.max_hosts)
+    if (in->page == DM_OWNER_POOL || in->page > r->dev->geo.max_hosts || in->pfn >= r->nr_frames ||
+        in->nr > r->nr_frames - in->pfn)
         return;
+    struct dm_host_entry *home = &r->dev->hosts[in->page - 1];
     for (uint64_t i = 0; i < in->nr; i++) {
         uint32_t pfn = in->pfn + (uint32_t)i;
-        if (pfn >= r->nr_frames || fenced(r) ||
-            __atomic_load_n(&r->dev->hosts[in->page - 1].state, __ATOMIC_ACQUIRE) == DM_HOST_ACTIVE)
+        if (fenced(r))
             return;
+        if (__atomic_load_n(&home->state, __ATOMIC_ACQUIRE) == DM_HOST_ACTIVE) {
+            dm_leave_hint(home, in->pfn, (uint32_t)in->nr);
+            DM_CRASH_POINT(recover_told_home);
+            return;
+        }
         uint64_t word = __atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE);
         if (dm_frame_refcount(word) == 0 && dm_frame_owner(word) == in->page &&
             dm_frame_coming(word) &&

@@ -127,6 +127,7 @@ int dm_ref_check(struct dm_host *h, const struct dm_ref_wire *w, uint32_t *index
     if (w->entry >= h->max_refs)
         return dm_fail(e, DM_ERR_BAD_REF, "a forged Ref: the device has no entry %u", w->entry);
     const struct dm_ref_entry *entry = &h->refs[w->entry];
+    dm_charge_ref(h, w->entry);
     *word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
     if (dm_ref_gen(*word) != w->generation)
         return consumed(e);
@@ -259,8 +260,10 @@ void dm_ref_free_overflow(struct dm_host *h, struct dm_ref_entry *entry) {
         const struct dm_ref_overflow *o = (const struct dm_ref_overflow *)dm_frame_data(h, pfn);
         __atomic_store_n(&entry->overflow, o->next, __ATOMIC_RELEASE);
         DM_CRASH_POINT(overflow_unlinked);
-        if (dm_count_down(h, pfn))
+        if (dm_count_down(h, pfn)) {
             dm_frame_freed(h, pfn, 1);
+            DM_COUNT(h, frames_freed, 1);
+        }
     }
 }
 
@@ -313,6 +316,7 @@ void dm_ref_publish(struct dm_host *h, uint32_t index, uint8_t flags, struct dm_
     /* Relaxed: who reads it before the state below does not fit it, see dm_ref_check. */
     __atomic_store_n(&entry->nonce, next_nonce(h), __ATOMIC_RELAXED);
     dm_ref_wire_of(h, index, out);
+    dm_charge_ref(h, index);
     DM_CRASH_POINT(ref_filled);
     __atomic_store_n(&entry->state, dm_ref_pack(DM_REF_LIVE, flags, h->id, gen), __ATOMIC_RELEASE);
     DM_CRASH_POINT(ref_published);
@@ -343,16 +347,20 @@ int dm_ref_accept(struct dm_host *h, struct dm_ref_wire *w, bool anew, struct dm
     return DM_OK;
 }
 
-/* Progress first: a crash may leave one count too many, never take one twice. */
-static void drop_shared(struct dm_host *h, struct dm_intent *in, const struct dm_run *run,
-                        uint64_t progress, struct dm_run *freed) {
+/* Progress first: a crash may leave one count too many, never take one twice. Returns how many counts were the last. */
+static uint32_t drop_shared(struct dm_host *h, struct dm_intent *in, const struct dm_run *run,
+                            uint64_t progress, struct dm_run *freed) {
+    uint32_t nr_freed = 0;
     for (uint32_t i = 0; i < run->count; i++) {
         __builtin_prefetch(&h->frames[run->pfn + i + DM_COUNTS_AHEAD], 1);
         dm_intent_progress(in, ++progress);
         DM_CRASH_POINT(drop_progress);
-        if (dm_count_down(h, run->pfn + i))
+        if (dm_count_down(h, run->pfn + i)) {
             dm_freed_add(h, freed, run->pfn + i);
+            nr_freed++;
+        }
     }
+    return nr_freed;
 }
 
 /* Drop the counts of an entry this host holds in state DROPPING, then free it. Of an exclusive Ref each count is the last,
@@ -362,6 +370,7 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     struct dm_ref_entry *entry = &h->refs[index];
     struct dm_runs runs;
     dm_runs_init(&runs);
+    dm_charge_ref(h, index);
     int s = dm_runs_of_entry(entry, h->physmap, h->page_shift, h->nr_frames, &runs);
     if (s)
         dm_fatal(h, "Ref entry %u is damaged (status %d); run `dmrpc fabric verify`", index, s);
@@ -369,13 +378,14 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_DROP, 0, entry->nr_pages, 0, index, word);
     DM_CRASH_POINT(drop_begun);
     struct dm_run freed = {0, 0};
-    uint64_t progress = 0;
+    uint64_t progress = 0, nr_freed = 0;
     for (uint32_t r = 0; r < runs.nr; r++) {
         const struct dm_run *run = &runs.list[r];
         if (run->pfn != DM_NO_FRAME && !(dm_ref_flags(word) & DM_REF_EXCLUSIVE)) {
-            drop_shared(h, in, run, progress, &freed);
+            nr_freed += drop_shared(h, in, run, progress, &freed);
         } else if (run->pfn != DM_NO_FRAME) {
             dm_frames_leave_use(h, run->pfn, run->count);
+            nr_freed += run->count;
         }
         progress += run->count;
         dm_intent_progress(in, progress); /* complete: the runs are not needed any more */
@@ -386,6 +396,7 @@ void dm_ref_release(struct dm_host *h, uint32_t index) {
     dm_ref_free_overflow(h, entry);
     (void)dm_ref_make_free(h, index);
     dm_intent_end(in);
+    DM_COUNT(h, frames_freed, nr_freed);
     DM_CRASH_POINT(drop_ended);
     if (dm_ref_flags(word) & DM_REF_EXCLUSIVE)
         for (uint32_t r = 0; r < runs.nr; r++) {

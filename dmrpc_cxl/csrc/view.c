@@ -39,6 +39,7 @@
 static bool claim(struct dm_host *h, const struct dm_vma *v, uint8_t state) {
     uint64_t word = v->ref_state;
     uint64_t mine = dm_ref_pack(state, dm_ref_flags(word), h->id, dm_ref_gen(word));
+    dm_charge_ref(h, v->ref);
     /* Against recovery alone, and a release: what was done with the frames came before their next holder's acquire. */
     return __atomic_compare_exchange_n(&h->refs[v->ref].state, &word, mine, false, __ATOMIC_ACQ_REL,
                                        __ATOMIC_RELAXED);

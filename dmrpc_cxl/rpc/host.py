@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar, overload
@@ -34,6 +35,8 @@ class Host(MemoryHost):
         super().__init__(*arguments, **options)
         self._threshold: int | None = None
         self._ends: weakref.WeakSet[Server | Client | Forwarder] = weakref.WeakSet()
+        self._errands: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        """Threads that connect for an event loop; the call they do it for may have been given up."""
 
     @property
     def threshold(self) -> int:
@@ -179,7 +182,10 @@ class Host(MemoryHost):
         return objects.get(self, ref)
 
     def detach(self) -> None:
-        """Stop services, close clients, leave the fabric; see :meth:`dmrpc_cxl.host.Host.detach`."""
+        """Stop services, close clients, leave the fabric; see :meth:`dmrpc_cxl.host.Host.detach`.
+
+        A connection that is being made in the background has until its ``connect_timeout`` to notice.
+        """
         if not self.detached:
             for end in list(self._ends):
                 with contextlib.suppress(MisuseError):
@@ -187,4 +193,6 @@ class Host(MemoryHost):
                         end.close()
                     else:
                         end.stop()
+            for thread in list(self._errands):
+                thread.join()  # it has a deadline of its own
         super().detach()

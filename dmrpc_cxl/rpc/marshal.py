@@ -133,6 +133,8 @@ def _copy_into_dm(host: Host, source: np.ndarray[Any, Any]) -> Ref:
         target = buffer.numpy(source.dtype, source.shape)
         np.copyto(target, source)
         del target
+    if host.emulates_latency:
+        host.charge(source.nbytes)
     return host.create_ref(buffer, move=True)
 
 

@@ -20,6 +20,7 @@ from .scenarios import (
     MISTAKES,
     MOVED,
     ONE_REF,
+    SENT,
     SUPPLY,
     TWO_SHARE,
     VIEWED,
@@ -33,12 +34,16 @@ SETUPS = {
     "shared": TWO_SHARE,
     "moved": MOVED,
     "viewed": VIEWED,
+    "sent": SENT,
 }
 MUST_SEE = (
     "two hosts at once before cow.down",
     "two hosts at once before rfree.down",
     "two hosts at once before map.claim",
     "a host works while another is reclaimed",
+    "a frame is taken back while home is reclaimed",
+    "a frame is taken back while home, another process by now, takes it in",
+    "recovery takes a frame back while home, another process by now, takes it in",
 )
 
 

@@ -17,17 +17,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from . import invariants, protocol, taking
+from . import failing, home, invariants, protocol
 from .state import (
     ACTIVE,
+    AT,
     C_CRASHES,
     C_UP,
     G_HOST,
+    HOME,
     HOST_CRASHES,
     HOST_SIZE,
+    I_HOME,
+    M_HOME,
+    MAP_SIZE,
+    MAPS,
+    MAX_MAPS,
+    NEW,
     OPS,
     OWNER,
     PC,
+    R_CREATOR,
     R_HOLDER,
     STATUS,
     V_HOST,
@@ -38,7 +47,9 @@ from .state import (
 )  # fmt: skip
 from .steps import LOCAL, NAMES, NUMBERS, STEPS, TEXTS
 
-SETUP_MENU = ("ralloc", "share", "move", "map", "view")
+NUMBERED = (W_HOLDER, HOME, I_HOME, *(MAPS + MAP_SIZE * i + M_HOME for i in range(MAX_MAPS)))
+"""Where a host's block holds the number of a host."""
+SETUP_MENU = ("ralloc", "share", "move", "map", "view", "drop")
 
 
 class TooMany(Exception):
@@ -96,10 +107,12 @@ def everything(w: World) -> Iterator[protocol.Action]:
         if pc:
             yield f"host {h}: {TEXTS[pc]}", protocol.run(h, STEPS[pc])
             if NAMES[pc] == "map.place" and w.config.failures:
-                back = NUMBERS["back.look" if w.bug in taking.TO_OLD_HOLDER else "back.store"]
+                back = NUMBERS["back.look" if w.bug in failing.TO_OLD_HOLDER else "back.store"]
                 yield f"host {h}: {TEXTS[back]}", protocol.run(h, STEPS[back])
         elif b[o + OPS]:
             yield from protocol.operations(w, h)
+        if not pc or NAMES[pc] == "fault.look":  # who takes in has the host's lock
+            yield from home.arrivals(w, h)
         if b[o + OPS] and "store" in w.config.menu:
             yield from protocol.stores(w, h, not pc)
         if "grant" in w.config.menu or "return" in w.config.menu:
@@ -127,7 +140,8 @@ def canonical(w: World) -> bytes:
     blocks = []
     for h in range(1, len(hosts)):
         block = b[hosts[h] : hosts[h] + HOST_SIZE]
-        block[W_HOLDER] = 0
+        for at in NUMBERED:
+            block[at] = 0
         blocks.append((block, h))
     if all(blocks[i][0] <= blocks[i + 1][0] for i in range(len(blocks) - 1)):
         return bytes(b)
@@ -144,11 +158,13 @@ def renumbered(w: World, order: Sequence[int]) -> bytes:
     for new, old in enumerate(order, 1):
         o = hosts[new]
         b[o : o + HOST_SIZE] = w.b[hosts[old] : hosts[old] + HOST_SIZE]
-        b[o + W_HOLDER] = number[b[o + W_HOLDER]]
+        for at in NUMBERED:
+            b[o + at] = number[b[o + at]]
     for f in w.frames:
         b[f + OWNER] = number[b[f + OWNER]]
     for r in w.refs:
         b[r + R_HOLDER] = number[b[r + R_HOLDER]]
+        b[r + R_CREATOR] = number[b[r + R_CREATOR]]
     b[c + G_HOST], b[c + V_HOST] = number[b[c + G_HOST]], number[b[c + V_HOST]]
     return bytes(b)
 
@@ -178,12 +194,27 @@ def initial(config: Config) -> World:
     return w
 
 
+def who_else(w: World, home: int) -> str:
+    """Say who may take a frame at this moment that was being sent to this home."""
+    if w.b[w.hosts[home] + STATUS] == ACTIVE:
+        return "while home, another process by now, takes it in"
+    if w.b[w.coordinator + V_HOST] == home:
+        return "while home is reclaimed"
+    return "from nobody"
+
+
 def sights(w: World) -> Iterator[str]:
     """Name what this state is an example of."""
     b = w.b
     at = [NAMES[b[o + PC]] for o in w.hosts[1:]]
     for name in {name for name in at if name and at.count(name) > 1}:
         yield f"two hosts at once before {name}"
+    for h in (h for h, name in enumerate(at, 1) if name == "home.back"):
+        if home.on_its_way(w, b[w.hosts[h] + NEW + b[w.hosts[h] + AT]] - 1, b[w.hosts[h] + HOME]):
+            yield f"a frame is taken back {who_else(w, b[w.hosts[h] + HOME])}"
+    if NAMES[b[w.coordinator + V_PC]] == "recover.home back":
+        to = b[w.hosts[b[w.coordinator + V_HOST]] + I_HOME]
+        yield f"recovery takes a frame back {who_else(w, to)}"
     if b[w.coordinator + V_PC] and any(at):
         yield "a host works while another is reclaimed"
 

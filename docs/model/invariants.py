@@ -7,6 +7,7 @@ from .state import (
     C_LEDGER,
     C_UP,
     CLONING,
+    COMING,
     CONTENT,
     COUNT,
     DEAD,
@@ -60,7 +61,8 @@ ALWAYS = (
     "a Ref has one holder: no superseded bytes are honoured, nobody gets what it never held",
 )
 AT_REST = (
-    "conservation: every frame is in use, or free at one live host's list, or in the pool's books",
+    "conservation: every frame is in use, or free on one live host's list, or coming home to one, or "
+    "in the pool's books",
     "counts: refcount = pages mapping the frame + live Refs covering it; at most one count too "
     "many for each crash, never one too few",
     "recovery: no Ref has a holder that is gone, none is stuck between two states",
@@ -85,7 +87,7 @@ def host_wrong(w: World, h: int) -> str:
     listed = b[o + FREE_LIST]
     if listed:
         for frame, f in enumerate(frames):
-            if listed >> frame & 1 and (b[f + COUNT] or b[f + OWNER] != h):
+            if listed >> frame & 1 and (b[f + COUNT] or b[f + OWNER] != h or b[f + COMING]):
                 return f"frame {frame} is on the free list of host {h}, and its word says otherwise"
     return ""
 
@@ -164,6 +166,10 @@ def at_rest(w: World) -> str:
         extra += count - holders[frame]
         if count:
             continue
+        if owner and b[w.hosts[owner] + STATUS] != ACTIVE:
+            return f"frame {frame} is lost: host {owner}, which is gone, owns it"
+        if b[f + COMING]:
+            continue  # its owner finds it when it looks
         if owner and not b[w.hosts[owner] + FREE_LIST] >> frame & 1:
             return f"frame {frame} is lost: host {owner} owns it and does not know"
         if not owner and not b[c + C_LEDGER] >> frame & 1:
@@ -179,6 +185,7 @@ def describe(w: World) -> str:
     parts = []
     for frame, f in enumerate(w.frames):
         who = f"h{b[f + OWNER]}" if b[f + OWNER] else "pool"
+        who += ", coming" if b[f + COMING] else ""
         parts.append(f"f{frame}: count {b[f + COUNT]}, owner {who}, bytes {b[f + CONTENT]}")
     lines = ["; ".join(parts)]
     for ref, r in enumerate(w.refs):

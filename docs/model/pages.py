@@ -12,6 +12,7 @@ from .state import (
     EXPECTED,
     FREE_LIST,
     FREE_X,
+    HOME,
     I_MAP,
     I_NEW,
     I_NR,
@@ -21,9 +22,11 @@ from .state import (
     I_PROGRESS,
     KIND,
     M_EXCL,
+    M_HOME,
     M_NR,
     M_VIEW,
     MAP,
+    MAX_PAGES,
     NEW,
     NR,
     OLD,
@@ -93,6 +96,17 @@ def drop_count(w: World, h: int, frame: int) -> None:
         freed(w, h, frame)
 
 
+def keep_or_send(w: World, h: int) -> str:
+    """A run that was exclusive is free, and on no list: it is kept, or sent home (home.py)."""
+    o, b = w.hosts[h], w.b
+    b[o + AT] = 0
+    if b[o + HOME]:
+        return "home.intent"
+    for i in range(b[o + NR]):
+        freed(w, h, b[o + NEW + i] - 1)
+    return ""
+
+
 # ---------------------------------------------------------------- ralloc
 
 
@@ -146,7 +160,7 @@ def begin_rfree(w: World, h: int, index: int) -> str:
     o, b = w.hosts[h], w.b
     m = w.mapping(h, index)
     b[m + USED] = 3
-    b[o + MAP], b[o + NR] = index, b[m + M_NR]
+    b[o + MAP], b[o + NR], b[o + HOME] = index, b[m + M_NR], b[m + M_HOME]
     if b[m + M_VIEW]:
         b[o + REF] = b[m + M_VIEW]
         return "view.free"
@@ -183,13 +197,12 @@ def freex_leave(w: World, h: int) -> str:
 
 @step("freex.end", local=True)
 def freex_end(w: World, h: int) -> str:
-    """The intent ends; the frames go to the free list."""
+    """The intent ends; the frames go to the free list, or home."""
     o, b = w.hosts[h], w.b
-    for i in range(b[o + NR]):
-        freed(w, h, b[o + I_NEW + i] - 1)
+    b[o + NEW : o + NEW + MAX_PAGES] = b[o + I_NEW : o + I_NEW + MAX_PAGES]
     w.end_intent(h)
     w.delete_mapping(h, b[o + MAP])
-    return ""
+    return keep_or_send(w, h)
 
 
 @step("rfree.pte", local=True)

@@ -17,6 +17,7 @@ from .state import (
     C_LEDGER,
     C_UP,
     CARGO,
+    COMING,
     COUNT,
     COUNTED,
     CUT,
@@ -44,7 +45,6 @@ from .state import (
     PROTECTED,
     PTE,
     QUIET,
-    R_HOLDER,
     R_KNOWN,
     R_STATE,
     R_SUPERSEDED,
@@ -144,8 +144,6 @@ def operations(w: World, h: int) -> Iterator[Action]:
         for kind in ("map", "view", "drop", "accept", "clone"):
             if kind not in menu or (kind in ("map", "view") and not room):
                 continue
-            if kind == "accept" and b[r + R_HOLDER] == h:
-                continue
             yield f"host {h} begins {kind} of Ref {ref}", begin(h, taking.begin_use, ref, kind)
 
 
@@ -178,10 +176,13 @@ def return_word(w: World, h: int) -> str:
 
 
 def add_granted(w: World, h: int, frames: int) -> None:
-    """List granted frames: those whose words agree and that are not listed yet."""
+    """List granted frames: those whose words agree and that are not listed yet.
+
+    Those that are coming home are taken in one by one: home.arrivals.
+    """
     o, b = w.hosts[h], w.b
     for frame, f in enumerate(w.frames):
-        if frames >> frame & 1 and not b[f + COUNT] and b[f + OWNER] == h:
+        if frames >> frame & 1 and not (b[f + COUNT] or b[f + COMING]) and b[f + OWNER] == h:
             b[o + FREE_LIST] |= 1 << frame
 
 

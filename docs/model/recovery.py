@@ -7,6 +7,7 @@ crash of the coordinator wipes out, while the device keeps the rest.
 
 from __future__ import annotations
 
+from .home import on_its_way
 from .state import (
     ABSENT,
     ALLOC,
@@ -14,6 +15,7 @@ from .state import (
     C_LEDGER,
     CLONE,
     CLONING,
+    COMING,
     COUNT,
     COW,
     DEAD,
@@ -22,6 +24,7 @@ from .state import (
     FREE_X,
     HOST_SIZE,
     I_FRESH,
+    I_HOME,
     I_MAP,
     I_NEW,
     I_NR,
@@ -44,6 +47,7 @@ from .state import (
     R_HOLDER,
     R_NR,
     R_STATE,
+    SEND_HOME,
     SHARE,
     STATUS,
     V_AT,
@@ -63,7 +67,7 @@ def reclaim(w: World, h: int, frame: int) -> None:
         return
     if b[f + COUNT]:
         w.count_down(frame, 0)
-    b[f + OWNER] = 0
+    b[f + OWNER] = b[f + COMING] = 0
 
 
 def untouched(w: World, h: int) -> bool:
@@ -99,6 +103,8 @@ def settle(w: World, h: int) -> str:
             return "recover.drop"
     if op == COW:
         return "recover.new frames"
+    if op == SEND_HOME and w.bug != "recovery leaves what was sent":
+        return "recover.home"
     return "recover.settled"
 
 
@@ -204,6 +210,24 @@ def moved_count(w: World, h: int) -> str:
     w.count_down(b[o + I_OLD] - 1, 0)
     b[c + V_AT] += 1
     return "recover.new frames" if b[c + V_AT] < b[o + I_NR] else "recover.settled"
+
+
+@step("recover.home")
+def home(w: World, h: int) -> str:
+    """Recovery looks whether there is somebody at home, where frames were being sent."""
+    o, b = w.hosts[h], w.b
+    return "recover.settled" if w.active(b[o + I_HOME]) else "recover.home back"
+
+
+@step("recover.home back")
+def home_back(w: World, h: int) -> str:
+    """Compare-and-swap: recovery takes a frame that was being sent home; it is the pool's."""
+    o, c, b = w.hosts[h], w.coordinator, w.b
+    frame = b[o + I_NEW + b[c + V_AT]] - 1
+    if on_its_way(w, frame, b[o + I_HOME]):
+        b[w.frames[frame] + OWNER] = b[w.frames[frame] + COMING] = 0
+    b[c + V_AT] += 1
+    return "recover.home" if b[c + V_AT] < b[o + I_NR] else "recover.settled"
 
 
 @step("recover.settled", local=True)

@@ -18,6 +18,7 @@ from .state import (
     KIND,
     LIVE,
     M_EXCL,
+    M_HOME,
     M_NR,
     M_VIEW,
     MAP,
@@ -25,6 +26,7 @@ from .state import (
     NR,
     PROTECTED,
     PTE,
+    R_CREATOR,
     R_EXCL,
     R_FRAMES,
     R_HOLDER,
@@ -76,7 +78,7 @@ def take_slot(w: World, h: int) -> int:
     """FREE -> BUILDING, a compare-and-swap; the entry's number plus one, 0 when there is none."""
     for ref, r in enumerate(w.refs):
         if w.b[r + R_STATE] == FREE:
-            w.b[r + R_STATE], w.b[r + R_HOLDER] = BUILDING, h
+            w.b[r + R_STATE], w.b[r + R_HOLDER], w.b[r + R_CREATOR] = BUILDING, h, h
             return ref + 1
     return 0
 
@@ -177,7 +179,8 @@ def share_publish(w: World, h: int) -> str:
     if w.bug == "protect last":
         fill_in(w, h)
     b[r + R_STATE], b[r + R_KNOWN] = LIVE, 1
-    b[w.mapping(h, b[o + MAP]) + M_EXCL] = 0
+    m = w.mapping(h, b[o + MAP])
+    b[m + M_EXCL] = b[m + M_HOME] = 0
     if w.bug == "publish before counts":
         return "share.intent"
     return "share.protect" if w.bug == "protect last" else "share.end"

@@ -24,6 +24,8 @@ MOVED = ((1, "begins ralloc"), (1, "begins create_ref(move)"))
 """Host 1 holds an exclusive Ref."""
 VIEWED = (*MOVED, (2, "begins view"))
 """Host 2 views a Ref that was exclusive."""
+SENT = (*MOVED, (2, "begins drop"))
+"""A frame is coming home to host 1."""
 
 CHECKED = (
     Config("from nothing", frames=2, frames_at=(1, 2), menu=EVERYTHING, coordinator_crashes=1),
@@ -60,6 +62,30 @@ CHECKED = (
         menu=("rfree", "share", "move", "map", "store", "drop", "clone"), coordinator_crashes=1,
     ),
     Config(
+        "frames go home", frames=2, refs=1, frames_at=(1, 2), setup=MOVED,
+        menu=("ralloc", "rfree", "move", "map", "view", "drop"), crashes=2,
+        coordinator_crashes=1, restarts=1,
+    ),
+    Config(
+        "a run goes home", frames=2, refs=1, pages=2, frames_at=(1, 1), setup=MOVED,
+        menu=("ralloc", "rfree", "move", "view", "drop"), crashes=2, coordinator_crashes=1,
+        restarts=1,
+    ),
+    Config(
+        "home, three hosts", hosts=3, frames=2, refs=1, frames_at=(1, 2), setup=MOVED, ops=1,
+        menu=("ralloc", "move", "drop"), crashes=2, restarts=1,
+    ),
+    Config(
+        "home, three hosts, all ways", hosts=3, frames=2, refs=1, frames_at=(1, 2), setup=MOVED,
+        ops=1, menu=("ralloc", "rfree", "view", "map", "drop", "accept", "move"), crashes=2,
+        coordinator_crashes=1, restarts=1,
+    ),
+    Config(
+        "home and supply", frames=2, refs=1, frames_at=(1,), setup=MOVED,
+        menu=("ralloc", "move", "drop", "grant", "return"), crashes=1, coordinator_crashes=1,
+        restarts=1,
+    ),
+    Config(
         "supply", frames=2, refs=1, ops=3, menu=SUPPLY, coordinator_crashes=1,
     ),
 )  # fmt: skip
@@ -68,6 +94,7 @@ _BY_NAME = {config.name: config for config in CHECKED}
 _COPIES, _REF = _BY_NAME["two copies at once"], _BY_NAME["one Ref"]
 _DEATHS, _PAGES = _BY_NAME["one Ref, two deaths"], _BY_NAME["two pages"]
 _THREE, _EXCLUSIVE = _BY_NAME["one Ref, three hosts"], _BY_NAME["an exclusive Ref"]
+_HOME, _RUN = _BY_NAME["frames go home"], _BY_NAME["a run goes home"]
 _SUPPLY = _BY_NAME["supply"]
 _START = _BY_NAME["from nothing"]
 
@@ -98,6 +125,11 @@ MISTAKES = tuple(
         ("recovery drops from the start", _REF),
         ("recovery takes Refs by a store", _REF),
         ("reclaim any free frame", _REF),
+        ("send home under the intent", _HOME),
+        ("no look behind the words", _HOME),
+        ("take back by a store", _HOME),
+        ("take in by a store", _HOME),
+        ("recovery leaves what was sent", _RUN),
         ("look before rejoining", _SUPPLY),
         ("return before the word", _SUPPLY),
         ("return not looked at", _SUPPLY),

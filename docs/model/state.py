@@ -14,37 +14,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Frame block: the word (refcount, owner) and the content, one small value.
-COUNT, OWNER, CONTENT, FRAME_SIZE = 0, 1, 2, 3
+# Frame block: the word (refcount, owner, coming) and the content, one small value.
+COUNT, OWNER, COMING, CONTENT, FRAME_SIZE = 0, 1, 2, 3, 4
 ZEROED, POISON = 0, 7
 """Content of a frame that ralloc has cleared, and of one that is free: anything may be in it."""
 
 # Ref block. KNOWN: the bytes of this generation were handed out. SUPERSEDED (a ghost): bytes of this
 # generation were handed out and the Ref has changed its holder since, which must never be.
 R_STATE, R_EXCL, R_HOLDER, R_NR, R_FRAMES, R_VALUES = 0, 1, 2, 3, 4, 6
-R_KNOWN, R_SUPERSEDED, REF_SIZE = 8, 9, 10
+R_KNOWN, R_SUPERSEDED, R_CREATOR, REF_SIZE = 8, 9, 10, 11
 FREE, BUILDING, LIVE, MAPPING, DROPPING, CLONING = range(6)
 REF_STATES = ("FREE", "BUILDING", "LIVE", "MAPPING", "DROPPING", "CLONING")
 
 # Host block: entry, registers, free list, connection, intent record, mappings.
 STATUS, PC, OPS, MAP, REF, COPY, AT, NR, NEW, OLD, SEEN = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11
 W_EXCL, W_HOLDER, W_FRESH, INCARNATION, TRUE_HOLDER, KIND = 12, 13, 14, 15, 16, 17
-FREE_LIST, LINK, CARGO = 18, 19, 20
-I_OP, I_REF, I_STATE, I_FRESH, I_MAP, I_PAGE, I_NR = 21, 22, 23, 24, 25, 26, 27
-I_PROGRESS, I_NEW, I_OLD, MAPS = 28, 29, 31, 32
+HOME, FREE_LIST, LINK, CARGO = 18, 19, 20, 21
+I_OP, I_REF, I_STATE, I_FRESH, I_MAP, I_PAGE, I_NR = 22, 23, 24, 25, 26, 27, 28
+I_PROGRESS, I_NEW, I_OLD, I_HOME, MAPS = 29, 30, 32, 33, 34
 REGISTERS = slice(MAP, FREE_LIST)
 INTENT = slice(I_OP, MAPS)
 ABSENT, ACTIVE, GONE, DEAD = range(4)
 """A host's slot is free; its process lives; its process has ended; it was declared dead."""
 STATUSES = ("free", "active", "gone", "dead")
-NO_OP, ALLOC, FREE_X, SHARE, MOVE, MAP_OP, CLONE, DROP, COW = range(9)
-INTENTS = ("none", "ALLOC", "FREE_X", "SHARE", "MOVE", "MAP", "CLONE", "DROP", "COW")
+NO_OP, ALLOC, FREE_X, SHARE, MOVE, MAP_OP, CLONE, DROP, COW, SEND_HOME = range(10)
+INTENTS = ("none", "ALLOC", "FREE_X", "SHARE", "MOVE", "MAP", "CLONE", "DROP", "COW", "HOME")
 QUIET, ASKED, GRANTED, GIVING, COUNTED, CUT, CUT_GIVING, REJOINED = range(8)
 """A connection: nothing under way; GRANT sent; its answer under way; RETURN sent; its answer under
 way; cut; cut with a RETURN unanswered; up again, and the frame words not looked through yet."""
 
 # Mapping block, and its pages. USED: 0 no mapping, 1 the program's, 2 being made, 3 given up.
-USED, M_EXCL, M_VIEW, M_NR, PAGES = 0, 1, 2, 3, 4
+# M_HOME: who made the Ref that an exclusive mapping came in, if that was another host.
+USED, M_EXCL, M_VIEW, M_NR, M_HOME, PAGES = 0, 1, 2, 3, 4, 5
 PTE, SHOWN, PROTECTED, EXPECTED, PAGE_SIZE = 0, 1, 2, 3, 4
 MAX_PAGES, MAX_MAPS = 2, 2
 MAP_SIZE = PAGES + MAX_PAGES * PAGE_SIZE
@@ -122,7 +123,7 @@ class World:
     def enter_use(self, frame: int, host: int) -> None:
         """0 -> 1, a plain store: nobody else may change the word of this host's free frame."""
         at = self.frames[frame]
-        if self.b[at + COUNT] or self.b[at + OWNER] != host:
+        if self.b[at + COUNT] or self.b[at + OWNER] != host or self.b[at + COMING]:
             self.wrong(f"host {host} takes frame {frame} into use, which is not its free frame")
         self.b[at + COUNT] = 1
         self.b[at + OWNER] = host
@@ -133,8 +134,15 @@ class World:
         if self.b[at + COUNT] != 1:
             self.wrong(f"host {host} frees frame {frame} as its only holder; it is not")
         self.b[at + COUNT] = 0
-        self.b[at + OWNER] = host
+        self.b[at + OWNER], self.b[at + COMING] = host, 0
         self.b[at + CONTENT] = POISON
+
+    def send(self, frame: int, host: int, home: int) -> None:
+        """Hand a free frame of this host's over: a plain store, for nobody else may change it."""
+        at = self.frames[frame]
+        if self.b[at + COUNT] or self.b[at + OWNER] != host or self.b[at + COMING]:
+            self.wrong(f"host {host} sends frame {frame} home, which is not its free frame")
+        self.b[at + OWNER], self.b[at + COMING] = home, 1
 
     def count_up(self, frame: int) -> None:
         """+1, atomic."""
@@ -174,6 +182,10 @@ class World:
         self.b[self.refs[ref] : self.refs[ref] + REF_SIZE] = bytes(REF_SIZE)
 
     # ---------------------------------------------------------------- host h
+
+    def active(self, h: int) -> bool:
+        """Tell whether the entry of host h says ACTIVE: its process may have ended already."""
+        return self.b[self.hosts[h] + STATUS] in (ACTIVE, GONE)
 
     def idle(self, h: int) -> None:
         """Forget the registers of a host that ends an operation."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .pages import drop_count, freed, next_page, pages_intent
+from .failing import TO_OLD_HOLDER
+from .pages import drop_count, keep_or_send, next_page, pages_intent
 from .refs import BY_CREATE, BY_FAULT, KINDS, claim, ref_intent, take_slot
 from .state import (
-    ACTIVE,
     AT,
     CLONE,
     CLONING,
@@ -14,21 +14,24 @@ from .state import (
     DROP,
     DROPPING,
     EXPECTED,
-    GONE,
+    HOME,
     I_PROGRESS,
-    INCARNATION,
     KIND,
     LIVE,
     M_EXCL,
+    M_HOME,
     M_NR,
     M_VIEW,
     MAP,
     MAP_OP,
     MAPPING,
     MAX_MAPS,
+    MAX_PAGES,
+    NEW,
     NR,
     PROTECTED,
     PTE,
+    R_CREATOR,
     R_EXCL,
     R_FRAMES,
     R_HOLDER,
@@ -39,7 +42,6 @@ from .state import (
     R_VALUES,
     REF,
     SHOWN,
-    STATUS,
     TRUE_HOLDER,
     USED,
     W_EXCL,
@@ -67,9 +69,15 @@ def begin_use(w: World, h: int, ref: int, kind: str) -> str:
     return "map.claim"
 
 
+def home_of(w: World, h: int, ref: int) -> int:
+    """Return where host h sends the frames of an exclusive Ref: to who made it, 0 for itself."""
+    creator = w.b[w.refs[ref] + R_CREATOR]
+    return 0 if creator == h else creator
+
+
 @step("accept.swap")
 def accept_swap(w: World, h: int) -> str:
-    """Compare-and-swap: LIVE of the old holder -> LIVE of this one, the next generation."""
+    """Compare-and-swap: LIVE of the old holder, perhaps this one itself -> LIVE of this one, the next generation."""
     o, b = w.hosts[h], w.b
     ref = b[o + REF] - 1
     if not claim(w, h, ref, LIVE):
@@ -113,7 +121,10 @@ def map_place(w: World, h: int) -> str:
     for i, f in enumerate(frames):
         at = w.page(h, index, i)
         b[at + SHOWN], b[at + PROTECTED], b[at + EXPECTED] = f, 1 - exclusive, b[r + R_VALUES + i]
-    return "view.live" if b[o + KIND] == KINDS.index("view") else "map.intent"
+    if b[o + KIND] == KINDS.index("view"):
+        return "view.live"
+    b[m + M_HOME] = home_of(w, h, b[o + REF] - 1) if exclusive else 0
+    return "map.intent"
 
 
 @step("map.intent", local=True)
@@ -164,78 +175,6 @@ def map_end(w: World, h: int) -> str:
     return "share.slot" if kind == BY_CREATE else ""
 
 
-# ---------------------------------------------------------------- when map_ref fails
-
-
-@step("back.store")
-def back_store(w: World, h: int) -> str:
-    """map_ref fails: MAPPING -> LIVE of the same generation, held by who tried"""
-    o, b = w.hosts[h], w.b
-    r = w.refs[b[o + REF] - 1]
-    b[r + R_STATE], b[r + R_EXCL] = LIVE, b[o + W_EXCL]
-    return ""
-
-
-TO_OLD_HOLDER = ("put back to the old holder", "put back without a second look")
-
-
-def lives(w: World, h: int) -> bool:
-    """Tell whether the host that held the Ref before is active, in the incarnation of then."""
-    o, b = w.hosts[h], w.b
-    return bool(b[o + INCARNATION]) and b[w.hosts[b[o + W_HOLDER]] + STATUS] in (ACTIVE, GONE)
-
-
-@step("map.incarnation")
-def map_incarnation(w: World, h: int) -> str:
-    """BUG: remembers which incarnation of its host held the Ref."""
-    w.b[w.hosts[h] + INCARNATION] = 1
-    return "map.place"
-
-
-@step("back.look")
-def back_look(w: World, h: int) -> str:
-    """BUG: looks whether the host lives that held the Ref before, to put it back there."""
-    if w.b[w.hosts[h] + W_HOLDER] == h:
-        return "back.store"
-    return "back.store old" if lives(w, h) else "back.drop"
-
-
-@step("back.store old")
-def back_store_old(w: World, h: int) -> str:
-    """BUG: puts the Ref back: LIVE, with its holder of before."""
-    o, b = w.hosts[h], w.b
-    r = w.refs[b[o + REF] - 1]
-    b[r + R_STATE], b[r + R_HOLDER], b[r + R_EXCL] = LIVE, b[o + W_HOLDER], b[o + W_EXCL]
-    return "back.look again" if w.bug == "put back to the old holder" else ""
-
-
-@step("back.look again")
-def back_look_again(w: World, h: int) -> str:
-    """BUG: looks again: was it declared dead between the look and the store?"""
-    o, b = w.hosts[h], w.b
-    if not lives(w, h):
-        return "back.swap"
-    if not b[o + TRUE_HOLDER]:
-        w.wrong(f"host {h} gave Ref {b[o + REF] - 1} to another host than held it before")
-    return ""
-
-
-@step("back.swap")
-def back_swap(w: World, h: int) -> str:
-    """BUG: then takes it again, by compare-and-swap against recovery: LIVE -> DROPPING."""
-    o, b = w.hosts[h], w.b
-    return "drop.intent" if claim(w, h, b[o + REF] - 1, DROPPING) else ""
-
-
-@step("back.drop")
-def back_drop(w: World, h: int) -> str:
-    """BUG: lets the Ref die with its holder: MAPPING -> DROPPING."""
-    o, b = w.hosts[h], w.b
-    r = w.refs[b[o + REF] - 1]
-    b[r + R_STATE], b[r + R_HOLDER], b[r + R_EXCL] = DROPPING, h, 0
-    return "drop.intent"
-
-
 # ---------------------------------------------------------------- views
 
 
@@ -267,7 +206,9 @@ def view_materialise(w: World, h: int) -> str:
     """The view becomes a mapping: LIVE -> MAPPING."""
     o, b = w.hosts[h], w.b
     claim_view(w, h, MAPPING)
-    b[o + AT], b[o + NR] = 0, b[w.mapping(h, b[o + MAP]) + M_NR]
+    m = w.mapping(h, b[o + MAP])
+    b[o + AT], b[o + NR] = 0, b[m + M_NR]
+    b[m + M_HOME] = home_of(w, h, b[o + REF] - 1) if b[m + M_EXCL] else 0
     return "map.intent"
 
 
@@ -308,6 +249,8 @@ def drop_intent(w: World, h: int) -> str:
     w.end_intent(h)
     ref_intent(w, h, DROP, ref, b[o + NR])
     if b[w.refs[ref] + R_EXCL]:
+        b[o + HOME] = home_of(w, h, ref)
+        b[o + NEW : o + NEW + MAX_PAGES] = b[w.refs[ref] + R_FRAMES : w.refs[ref] + R_VALUES]
         return "drop.leave"
     return "drop.down" if w.bug == "drop progress after count" else "drop.progress"
 
@@ -316,16 +259,25 @@ def drop_intent(w: World, h: int) -> str:
 def drop_leave(w: World, h: int) -> str:
     """An exclusive Ref's frame goes to 0 by a plain store."""
     o, b = w.hosts[h], w.b
-    w.leave_use(b[w.refs[b[o + REF] - 1] + R_FRAMES + b[o + AT]] - 1, h)
+    frame = b[o + NEW + b[o + AT]] - 1
+    w.leave_use(frame, h)
+    if w.bug == "send home under the intent" and b[o + HOME]:
+        return "drop.leave home"
+    return next_page(w, h, "drop.leave", "drop.left")
+
+
+@step("drop.leave home")
+def drop_leave_home(w: World, h: int) -> str:
+    """BUG: the frame is sent home while the intent DROP says that its count is to be dropped."""
+    o, b = w.hosts[h], w.b
+    w.send(b[o + NEW + b[o + AT]] - 1, h, b[o + HOME])
     return next_page(w, h, "drop.leave", "drop.left")
 
 
 @step("drop.left", local=True)
 def drop_left(w: World, h: int) -> str:
-    """The frames go to the free list, and progress says so."""
+    """Progress says that no count is left to drop."""
     o, b = w.hosts[h], w.b
-    for i in range(b[o + NR]):
-        freed(w, h, b[w.refs[b[o + REF] - 1] + R_FRAMES + i] - 1)
     b[o + I_PROGRESS] = b[o + NR]
     return "drop.free"
 
@@ -359,9 +311,12 @@ def drop_free(w: World, h: int) -> str:
 
 @step("drop.end", local=True)
 def drop_end(w: World, h: int) -> str:
-    """The intent ends."""
+    """The intent ends; frames that were exclusive go to the free list, or home."""
     w.end_intent(h)
-    return ""
+    exclusive = w.b[w.hosts[h] + NEW]
+    if not exclusive or (w.bug == "send home under the intent" and w.b[w.hosts[h] + HOME]):
+        return ""
+    return keep_or_send(w, h)
 
 
 # ---------------------------------------------------------------- clone

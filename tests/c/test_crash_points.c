@@ -245,6 +245,32 @@ static void frames_are_taken_back_when_home_dies(void) {
     EXPECT(record->passes[DM_CRASH_home_taken_back] > back);
 }
 
+/* Home dies, and at once the host that was handing over. */
+static void lose_both(void *arg) {
+    lose_home(arg);
+    if (dev.hosts[SCENE_OTHER - 1].state == DM_HOST_DEAD)
+        kill(getpid(), SIGKILL);
+}
+
+static void operate_until_both_die(const struct scenario *what) {
+    struct scene s;
+    scene_prepare(&s, &dev, what);
+    stores_watch(dev.base, tables_bytes(), lose_both, NULL);
+    (void)what->operate(&s);
+}
+
+/* recover() wants a label behind each store. */
+static void recovery_takes_back_what_was_sent_to_a_home_that_is_dead(void) {
+    for (unsigned i = 0; i < nr_scenarios; i++)
+        if (!strcmp(scenarios[i].name, "rfree, exclusive, received")) {
+            EXPECT(!in_child(operate_until_both_die, &scenarios[i]));
+            EXPECT_EQ(dev.hosts[SCENE_DEAD - 1].intent.op, DM_INTENT_HOME);
+            recover();
+            for (uint32_t pfn = 0; pfn < SCENE_FRAMES; pfn++)
+                EXPECT(!dm_frame_coming(dev.frames[pfn]));
+        }
+}
+
 static void every_step_of_a_service_has_its_label(void) {
     struct dm_service what = {
         .host = SCENE_OTHER, .incarnation = 7, .name_bytes = 4, .endpoint_bytes = 900};
@@ -366,6 +392,7 @@ int main(void) {
     HOLDS(every_step_of_an_operation_has_its_label);
     HOLDS(every_step_of_a_recovery_has_its_label);
     HOLDS(frames_are_taken_back_when_home_dies);
+    HOLDS(recovery_takes_back_what_was_sent_to_a_home_that_is_dead);
     HOLDS(every_step_of_a_service_has_its_label);
     HOLDS(every_step_of_a_coordinator_has_its_label);
     HOLDS(every_step_of_a_repair_has_its_label);

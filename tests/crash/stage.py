@@ -113,7 +113,9 @@ class Stage:
         """Does every host know its free frames, and the coordinator the pool? They may just be told."""
         audit = self.fabric.assert_sound()
         for entry in self.fabric.host_states():
-            if entry["nr_free"] != audit["free"].get(entry["host"], 0):
+            host = entry["host"]
+            taken_in = audit["free"].get(host, 0) - audit["coming_home"].get(host, 0)
+            if entry["nr_free"] != taken_in:
                 return False
         with self.client() as client:
             return bool(client.stats()["pool"]["free"] == audit["pool"])

@@ -290,7 +290,6 @@ def test_a_payload_that_is_no_json_object_is_malformed(payload):
     [
         (MsgType.GRANT, Grant(-1)),
         (MsgType.GRANT, None),
-        (MsgType.RETURN, []),
         (MsgType.RETURN, [(1, 2, 3)]),
         (MsgType.RETURN, [(0, 1)] * (MAX_PAYLOAD // RUN.size + 1)),
         (MsgType.LEAVE, {}),

@@ -50,10 +50,35 @@ def allocate_lazily(at: At) -> Act:
     return lambda at: setattr(at, "buffer", at.host.ralloc(10 * PAGE, lazy=True))
 
 
-@row(wp_faults=1, frames_filled=1, bytes_zeroed=PAGE, frames_copied=0, handler_wakeups=1)
+@row(
+    wp_faults=1,
+    frames_filled=1,
+    frames_allocated=1,
+    bytes_zeroed=PAGE,
+    frames_copied=0,
+    handler_wakeups=1,
+)
 def write_to_a_hole(at: At) -> Act:
     at.buffer = at.host.ralloc(10 * PAGE, lazy=True)
     return lambda at: memoryview(at.buffer).__setitem__(3 * PAGE, 1)
+
+
+@row(frames_allocated=10, frames_freed=0)
+def allocate_ten(at: At) -> Act:
+    return lambda at: setattr(at, "buffer", at.host.ralloc(10 * PAGE))
+
+
+@row(frames_allocated=0, frames_freed=2)
+def free_two(at: At) -> Act:
+    at.buffer = at.host.ralloc(2 * PAGE)
+    return lambda at: at.buffer.free()
+
+
+@row(frames_freed=3)
+def free_what_was_shared(at: At) -> Act:
+    at.buffer = at.host.ralloc(3 * PAGE)
+    at.host.create_ref(at.buffer).drop()
+    return lambda at: at.buffer.free()
 
 
 @row(rfree_calls=1, syscalls=0)

@@ -2,7 +2,7 @@
 
 Two services, a forwarder in front of them and two clients, each a process. In rounds, the clients make calls in every mode of
 transfer, synchronous, as futures and from asyncio; some fail, some are cancelled, some time out; clients connect anew, and in
-every round a service is stopped and served again while they are at it. `make test` makes a few thousand calls, `make soak` a
+every round a service is stopped and served again while they are at it. `make test` makes a few thousand calls, `make slow` a
 million.
 
 After the first round and after the last one everything is closed. What is compared then: descriptors, threads and anonymous

@@ -11,6 +11,8 @@ import select
 import signal
 import time
 
+import psutil
+
 from dmrpc_cxl.fabric import device
 from dmrpc_cxl.fabric.topology import runtime_dir
 from tests.runs import SECONDS, SMALL
@@ -374,3 +376,55 @@ def test_killed_launcher_takes_everybody_along_and_the_next_run_removes_the_rest
     following = start(*SMALL, "--program", "true")
     assert following.end() == 0, following.output
     assert killed.fabric not in device.names()  # `start` looks for the rest
+
+
+# ---------------------------------------------------------------- memory servers
+
+# The first host puts something, the second one waits for it and gets it.
+BY_MEMORY = """
+    import os, time
+    from pathlib import Path
+    import dmrpc_net
+    place = Path(os.environ["DMRPC_RUNTIME_DIR"]) / "ref"
+    with dmrpc_net.attach() as client:
+        if os.environ["DMRPC_HOST_INDEX"] == "0":
+            ref = client.put(b"x" * 100_000)
+            (place.parent / "draft").write_bytes(ref.to_bytes())
+            (place.parent / "draft").rename(place)
+            while client.ref_is_held(ref):
+                time.sleep(0.01)
+        else:
+            while not place.exists():
+                time.sleep(0.01)
+            print(client.nr_servers, len(client.get(place.read_bytes())))
+"""
+
+
+def test_programs_find_the_memory_servers_of_their_run_and_every_page_is_counted(start, program):
+    run = start(
+        *SMALL, "--memory-servers", "2", "--memory-size", "16M", "--hosts", "2",
+        "--program", program(BY_MEMORY),
+    )  # fmt: skip
+    assert run.end() == 0, run.output
+    assert run.lines_of("host-2") == ["2 100000"]
+    assert re.search(r"all \d+ pages of the memory servers are free", run.output)
+
+
+def test_a_memory_server_that_dies_ends_the_run(start, program):
+    text = """
+        import os, signal
+        import dmrpc_net
+        client = dmrpc_net.attach()
+        print("attached", flush=True)
+        signal.pause()
+    """
+    run = start(*SMALL, "--memory-servers", "1", "--memory-size", "16M", "--program", program(text))
+    run.wait_for("attached")
+    (server,) = [
+        process
+        for process in psutil.Process(run.process.pid).children(recursive=True)
+        if "dmrpc_net.server" in process.cmdline()
+    ]
+    server.kill()
+    assert run.end() == 137, run.output
+    assert "memory-0 was killed by SIGKILL" in run.output

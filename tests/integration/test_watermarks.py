@@ -29,8 +29,9 @@ def wait_for_free(at: At, least: int, most: int) -> int:
 def test_a_host_with_a_low_watermark_asks_before_a_call_has_to_wait(fabric: Fabric) -> None:
     host = fabric.host(low=64, batch=128)
     free, trips = host.call(allocate, 1)
-    assert (free, trips) == (127, 1)
-    free, _ = host.call(allocate, 100)  # 27 are left
+    # Two batches when the supplier has begun to ask ahead at the moment when the call asks.
+    assert (free, trips) in ((127, 1), (255, 2))
+    free, _ = host.call(allocate, 100)
     assert host.call(wait_for_free, 64, 1000) == 2  # nobody asked for a frame that was not there
 
 

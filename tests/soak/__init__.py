@@ -18,6 +18,7 @@ Files, from pure to not; each imports only from those above it::
     calls.py        the service, and calls of it
     rush.py         what a host does when it is about to die
     program.py      a host process: acts until it is told to rest, or dies
+    loop.py         what the driver waits for
     coordinators.py the coordinator, and what is done to it
     aim.py          who is inside an operation right now
     slots.py        the places of hosts, and what is done to their processes

@@ -7,10 +7,15 @@ import faulthandler
 import gc
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .campaign import Campaign
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,7 +52,8 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     faulthandler.enable()
-    nr_rounds = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    nr_rounds, code = 0, 0
     try:
         while campaign.slots.kills < options.kills:
             if not options.quiet:
@@ -56,31 +62,36 @@ def main() -> int:
             nr_rounds += 1
             seed += 1
         campaign.finish()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted in the round of seed {seed}")
+        code = 130
     except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt):
-            traceback.print_exc()
+        traceback.print_exc()
         campaign.show_logs()
         print(f"\nFAILED in the round of seed {seed}, after {campaign.slots.kills} kills: {error}")
-        print(
-            f'again: make soak ARGS="--seed {seed} --kills {options.round} --round {options.round}"'
-        )
+        again = f"--seed {seed} --kills {options.round} --round {options.round}"
+        print(f'again: make soak ARGS="{again}"')
         campaign.remove(keep=options.keep)
         return 1
     campaign.remove(keep=False)
-    took = time.monotonic() - began
-    done = {**campaign.slots.tally, **campaign.coordinators.tally}
-    print(
-        f"{campaign.slots.kills} kills of hosts in {nr_rounds} rounds and {took:.0f} s: no violation"
-    )
-    print("done to processes:", ", ".join(f"{n} {what}" for what, n in sorted(done.items())))
-    inside = campaign.slots.operations
-    print(
-        f"killed inside native code: {sum(inside.values())},",
-        ", ".join(f"{n} in {what}" for what, n in sorted(inside.items())),
-    )
-    print("operations:", ", ".join(f"{n} {what}" for what, n in sorted(campaign.acts.items())))
+    _tell(campaign, nr_rounds, time.monotonic() - began)
+    return code
+
+
+def _tell(campaign: Campaign, nr_rounds: int, took: float) -> None:
+    """Print what was done, and found to be in order."""
+    slots = campaign.slots
+    print(f"{slots.kills} kills of hosts in {nr_rounds} rounds and {took:.0f} s: no violation")
+    for what, counts in (
+        ("done to processes", slots.tally + campaign.coordinators.tally),
+        ("killed inside native code", slots.operations),
+        ("operations", campaign.acts),
+    ):
+        print(
+            f"{what}: {sum(counts.values())},",
+            ", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
+        )
     print(f"frames that a crash left behind, and that were taken back: {campaign.left_behind}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Coordinators:
         if self.busy or not self.ready:
             return
         self.busy = True
-        kinds = {self._killed: 4, self._killed_twice: 3, self._paused: 3, self._left: 1}
+        kinds = {self._killed: 4, self._killed_twice: 3, self._paused: 3, self._left: 2}
         kinds |= {self._replaced: 3, self._replaced_twice: 1}
         (kind,) = rng.choices(list(kinds), list(kinds.values()))
         self.tally[kind.__name__.strip("_").replace("_", " ")] += 1

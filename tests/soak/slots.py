@@ -143,7 +143,8 @@ class Slots:
             entry = self._device.host(place.host)
             if entry["pid"] == place.child.pid and entry["activity"] % 2:
                 intent = entry["intent"]
-                self.operations[OPERATIONS[intent["op"] or intent["died_in"]]] += 1
+                number = intent["op"] or intent["died_in"]
+                self.operations[OPERATIONS.get(number, f"operation {number}")] += 1
 
     # ---------------------------------------------------------------- what is done to them
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -94,9 +93,3 @@ def descriptors(pid: int) -> Counter[str]:
         except FileNotFoundError:
             continue
     return kinds
-
-
-def summary(device: Device) -> dict[str, Any]:
-    """Return where frames are."""
-    audit = device.audit()
-    return {key: audit[key] for key in ("pool", "in_use", "live_refs")}

@@ -1,7 +1,7 @@
 """README.md, CHANGELOG.md and docs/: what they name exists, and the programs they show do what they say.
 
 A block of Python marked ``run`` is a program; it runs on a fabric of its own in place of the one that it calls "demo",
-and must print the block of text right behind it. One marked ``run-test`` is a file of tests, run by pytest. Everything
+and must print the block of text right behind it. ``run-net`` does the same with a memory server. One marked ``run-test`` is a file of tests, run by pytest. Everything
 else is read.
 """
 
@@ -22,6 +22,7 @@ import pytest
 
 from dmrpc_cxl import cli
 from tests.fabrics import running
+from tests.net_servers import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,7 +31,7 @@ NUMBERED = sorted(DECISIONS.glob("[0-9]*.md"))
 SECONDS = 100  # for one program; a host process under test has a watchdog of 120 s
 
 FOLDERS = (
-    "dmrpc_cxl", "coordinator", "fabric", "pyuserfaultfd",
+    "dmrpc_cxl", "dmrpc_net", "coordinator", "fabric", "pyuserfaultfd",
     "tests", "benchmarks", "examples", "scripts", "docs",
 )  # fmt: skip
 SOURCES = (".py", ".pyx", ".pxi", ".pxd", ".pyi", ".c", ".h", ".sh", ".md", ".cfg", ".toml")
@@ -124,6 +125,18 @@ def test_a_program_that_is_shown_prints_what_is_shown(block: Block, tmp_path: Pa
         assert run("shown.py", cwd=tmp_path) == behind[1]
 
 
+@pytest.mark.parametrize("block", shown("run-net"))
+def test_a_program_for_memory_servers_prints_what_is_shown(block: Block, tmp_path: Path) -> None:
+    behind = re.match(r"\s*```text\n(.*?)^```", block.behind, re.MULTILINE | re.DOTALL)
+    assert behind, "no block of text behind the program"
+    with serving() as servers:
+        program = block.text.replace('"127.0.0.1:7000"', repr(servers.addresses[0]))
+        (tmp_path / "shown.py").write_text(
+            program.replace('"secret-file"', repr(str(servers.secret)))
+        )
+        assert run("shown.py", cwd=tmp_path) == behind[1]
+
+
 @pytest.mark.parametrize("block", shown("run-test"))
 def test_tests_that_are_shown_pass(block: Block, tmp_path: Path) -> None:
     (tmp_path / "test_shown.py").write_text(block.text)
@@ -140,7 +153,9 @@ def test_the_readme_shows_a_program_and_runs_it() -> None:
 def test_every_block_of_python_is_python(path: Path) -> None:
     for block in blocks(read(path)):
         if block.kind.startswith("python") and ">>>" not in block.text:
-            assert block.kind in ("python", "python run", "python run-test"), block.kind
+            assert block.kind in ("python", "python run", "python run-net", "python run-test"), (
+                block.kind
+            )
             ast.parse(block.text)
 
 

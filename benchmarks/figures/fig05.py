@@ -1,0 +1,263 @@
+"""Fig 5: a chain of calls. What another service in between costs, by value and by Ref.
+
+A client calls a service that calls the next one, and so on; the last one sums an array. In between are forwarders, which read
+headers only. Each is a process.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from . import plots
+from .calls import total_block
+from .runner import Case, Options, Runner, Ticker, running
+from .summary import Point, Points, bar, bytes_text, point, ratio, slopes, spread
+from .variants import REGISTRY
+
+NAME = "fig05"
+TITLE = "Fig 5: a chain of calls"
+CLAIMS = (
+    "by reference (CXL) is best throughout, and nearly flat in the number of calls, while by value falls",
+    "its latency is lower than by value for more than one call",
+)
+LONGEST = 6
+SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
+QUICK_SIZES = (4 << 10, 1 << 20, 4 << 20)
+WINDOW, WINDOW_SIZES = 8, (4 << 10, 1 << 20)
+LINES = (("value", "fresh"), ("cxl", "fresh"), ("cxl", "pre-shared"))
+SLOPE_BAR = 0.10
+HEIGHT = 8.4
+
+
+def lengths(options: Options) -> tuple[int, ...]:
+    """Return how many calls in a row are measured."""
+    return (1, 2) if options.tiny else (1, 3, 6) if options.quick else tuple(range(1, LONGEST + 1))
+
+
+def _names(transport: str, longest: int) -> list[str]:
+    prefix = "" if transport == "ring" else f"{transport}-"
+    return [f"{prefix}worker", *(f"{prefix}forwarder-{i}" for i in range(1, longest))]
+
+
+def _cases(
+    options: Options, transport: str, place: str, sizes: tuple[int, ...], windows: tuple[int, ...]
+) -> list[Case]:
+    hops = lengths(options)
+    names = _names(transport, max(hops))
+    made = []
+    for variant, mode in LINES:
+        if not options.wants(variant):
+            continue
+        for size in sizes:
+            for window in windows if size in WINDOW_SIZES else (1,):
+                for n in hops if window == 1 else (hops[0], hops[-1]):
+                    arguments = {
+                        "service": names[n - 1],
+                        "transport": "tcp" if transport == "tcp" else "auto",
+                        "transfer": REGISTRY[variant].transfer,
+                        "mode": mode,
+                        "size": size,
+                        "window": window,
+                    }
+                    params = {
+                        "hops": n,
+                        "size": size,
+                        "window": window,
+                        "transport": transport,
+                        "place": place,
+                    }
+                    made.append(
+                        Case(
+                            variant,
+                            mode,
+                            params,
+                            ("client",),
+                            total_block,
+                            arguments,
+                            (*names[:n], "coordinator"),
+                        )
+                    )
+    return made
+
+
+def run(options: Options, ticker: Ticker) -> dict[str, Any]:
+    """Measure."""
+    sizes = QUICK_SIZES[:2] if options.tiny else QUICK_SIZES if options.quick else SIZES
+    found: list[Point] = []
+    with running(options, ticker) as runner:
+        longest = max(lengths(options))
+        for transport in options.transports:
+            runner.on.chain(
+                "" if transport == "ring" else f"{transport}-",
+                longest,
+                "auto" if transport == "ring" else "tcp",
+            )
+        runner.on.start("client")
+        for place in options.places:
+            runner.pin(place)
+            for transport in options.transports:
+                found += _measure(runner, options, transport, place, sizes)
+    points = Points(found)
+    return {
+        "points": found,
+        "bars": bars(points),
+        "headline": headline(points),
+        "slopes": slope_table(points),
+    }
+
+
+def _measure(
+    runner: Runner, options: Options, transport: str, place: str, sizes: tuple[int, ...]
+) -> list[Point]:
+    windows = (1,) if options.quick else (1, WINDOW)
+    # The slopes of all sizes are compared with each other, so all of them take turns.
+    cases = _cases(options, transport, place, sizes, windows)
+    return [point(series) for series in runner.measure(cases, f"{transport}, {place}")]
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def _slopes(points: Points, variant: str, mode: str, size: int, **where: Any) -> list[float] | None:
+    line = points.select(variant=variant, mode=mode, size=size, window=1, **where)
+    line.sort(key=lambda one: one["params"]["hops"])
+    if len(line) < 2:
+        return None
+    hops = [one["params"]["hops"] for one in line]
+    return slopes(hops, [one["rounds"]["cpu_us"] for one in line])
+
+
+def _places(points: Points) -> list[tuple[str, str]]:
+    return [
+        (transport, place)
+        for transport in points.values("transport")
+        for place in points.values("place", transport=transport)
+    ]
+
+
+def slope_table(points: Points) -> list[dict[str, Any]]:
+    """Return what one more call costs in CPU time, for each line and size."""
+    return [
+        {
+            "variant": variant,
+            "mode": mode,
+            "transport": transport,
+            "place": place,
+            "size": size,
+            **spread(found),
+        }
+        for transport, place in _places(points)
+        for variant, mode in LINES
+        for size in points.values("size")
+        if (found := _slopes(points, variant, mode, size, transport=transport, place=place))
+    ]
+
+
+def bars(points: Points) -> list[dict[str, Any]]:
+    """Return the bars of this figure."""
+    made = []
+    for transport, place in _places(points):
+        where = {"transport": transport, "place": place}
+        told = f"{'rings' if transport == 'ring' else 'TCP'}, {place}"
+        for mode in ("fresh", "pre-shared"):
+            sizes = points.values("size")
+            each = {size: _slopes(points, "cxl", mode, size, **where) for size in sizes}
+            base = each.get(sizes[0])
+            if base is None:
+                continue
+            off = {
+                size: ratio(found, base)
+                for size, found in each.items()
+                if found is not None and size != sizes[0]
+            }
+            size, worst = max(off.items(), key=lambda item: abs(item[1]["median"] - 1))
+            # Of medians: a single round's slope at 4 MiB hangs on a hundredth of what the sum costs.
+            ratios = {s: statistics.median(each[s] or ()) / statistics.median(base) for s in off}
+            at, most = max(ratios.items(), key=lambda item: abs(item[1] - 1))
+            made.append(
+                bar(
+                    f"CPU of one more call by Ref, {bytes_text(sizes[0])} to {bytes_text(sizes[-1])}, "
+                    f"{mode}, {told}: off 1 by",
+                    abs(most - 1),
+                    SLOPE_BAR,
+                    at_most=True,
+                    unit="",
+                    note=f"{most:.3g} at {bytes_text(at)}; of rounds {worst['min']:.2g} to {worst['max']:.2g} at "
+                    f"{bytes_text(size)}; {statistics.median(base):.3g} us at {bytes_text(sizes[0])}",
+                )
+            )
+    return made
+
+
+def headline(points: Points) -> str:
+    """Return what was measured, in one sentence."""
+    for transport, place in _places(points):
+        where = {"transport": transport, "place": place}
+        size = points.values("size")[-1]
+        ours = _slopes(points, "cxl", "fresh", size, **where)
+        value = _slopes(points, "value", "fresh", size, **where)
+        if ours and value:
+            return (
+                f"one more call with {bytes_text(size)} costs {statistics.median(ours):.3g} us of CPU by Ref and "
+                f"{statistics.median(value):.4g} us by value ({transport}, {place})"
+            )
+    return ""
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """Plot throughput and latency against the number of calls, and what one more call costs against the size."""
+    points = Points(result["points"])
+    transport, place = _places(points)[0]
+    where = {"transport": transport, "place": place}
+    sizes = points.values("size")
+    shown = [sizes[0], plots.preferred(sizes, 1 << 20)] if len(sizes) > 1 else sizes
+    axes = figure.subplots(2, 3, squeeze=False)
+    for row, size in enumerate(shown):
+        chosen = {"size": size, "window": 1, **where}
+        for column, (what, label) in enumerate(
+            (("per_second", "calls per second"), ("latency", "median latency, us"))
+        ):
+            ax = axes[row][column]
+            plots.lines(ax, points, "hops", what, chosen)
+            ax.set_xlabel("calls in a row")
+            ax.set_ylabel(label)
+            ax.set_ylim(bottom=0)
+            ax.set_title(f"({'ab'[column]}) {bytes_text(size)}")
+    for row, (transport, place) in enumerate(_slope_places(points)):
+        _draw_slopes(axes[row][2], result["slopes"], transport, place, sizes)
+    plots.legend(figure, axes)
+
+
+def _slope_places(points: Points) -> list[tuple[str, str]]:
+    places = _places(points)
+    first = places[0]
+    other = next((one for one in places if one[0] != first[0]), places[-1])
+    return [first, other]
+
+
+def _draw_slopes(
+    ax: Any, table: list[dict[str, Any]], transport: str, place: str, sizes: list[int]
+) -> None:
+    for variant, mode in LINES:
+        line = [
+            one
+            for one in table
+            if (one["variant"], one["mode"], one["transport"], one["place"])
+            == (variant, mode, transport, place)
+        ]
+        if line:
+            kind = REGISTRY[variant]
+            ax.plot(
+                [one["size"] for one in line],
+                [one["median"] for one in line],
+                linestyle=plots.DASHES[mode],
+                color=kind.colour,
+                marker=kind.marker,
+                label=plots.label(variant, mode),
+            )
+    plots.sizes_axis(ax, sizes)
+    plots.log_y(ax)
+    ax.set_xlabel("size of the array")
+    ax.set_ylabel("CPU of one more call, us")
+    ax.set_title(f"(c) {'rings' if transport == 'ring' else 'TCP'}, {place}")

@@ -1,0 +1,415 @@
+"""Fig 10: the image pipeline, seven services of which the last looks at the picture (examples/image_pipeline).
+
+Photographs as bitmaps go from a client through a firewall, a load balancer and one of two image processors to a transcoder or a
+compressor, and results come back the same way. Work: *none* reads every byte and adds them up; *scale* makes a thumbnail, as the paper's
+authors did; *light* is that, or zlib on its fastest level.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import rpc_stage
+from . import plots
+from .blocks import Block
+from .runner import Case, Options, Runner, Ticker, running
+from .summary import Point, Points, bar, bytes_text, point
+
+NAME = "fig10"
+TITLE = "Fig 10: seven services process pictures"
+CLAIMS = (
+    "8.3 x the throughput of by value (CXL; 4.2 x over the network); variants by reference gain with the size",
+    "at 4 KB the mean latency is 1.7 x lower (CXL), tails are lower as well",
+)
+SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
+QUICK_SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
+LATENCY_SIZES = (4 << 10, 64 << 10)
+PICTURES = 14
+WINDOW = 4
+CHECK_EVERY = 32
+LATENCY_SECONDS = 0.4  # of a block that is to have a 99.9th percentile
+LINES = {
+    "none": (
+        ("value", "fresh"),
+        ("cxl", "fresh"),
+        ("cxl", "pre-shared"),
+        ("cxl-copy", "fresh"),
+        ("store", "fresh"),
+    ),
+    "scale": (("value", "fresh"), ("cxl", "fresh"), ("cxl", "pre-shared")),
+    "light": (("value", "fresh"), ("cxl", "fresh")),
+}
+CLIENT = "client"
+PACKAGE = "examples.image_pipeline"
+HEIGHT = 7.6
+DEVICE_BYTES = 512 << 20
+
+_files: dict[int, list[Any]] = {}
+
+
+def why_not() -> str:
+    """Say why it cannot be measured here; nothing if it can."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return "examples/image_pipeline is not there"
+    for name in ("PIL", "skimage"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed (pip install '.[examples]')"
+    return ""
+
+
+# ---------------------------------------------------------------- in the processes
+
+
+def start_service(host: Any, name: str, transport: str) -> None:
+    """Start one of the services in this process."""
+    from examples.image_pipeline import roles
+
+    how: Any = transport
+    rpc_stage._here[name] = roles.start(host, name, transport=how).end
+
+
+def _pictures(size: int) -> list[Any]:
+    from examples.image_pipeline import photographs
+
+    if size not in _files:
+        _files[size] = [picture.file for picture in photographs.pictures(size, PICTURES)]
+    return _files[size]
+
+
+class _Charged(Sequence[Any]):
+    """Pictures; picking one charges what the worker will read of it, which the model cannot see."""
+
+    def __init__(self, host: Any, files: Sequence[Any]) -> None:
+        self._host = host
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        file = self._files[index]
+        self._host.charge(file.nbytes)
+        return file
+
+
+_numbers = itertools.count(1)
+
+
+def pictures_block(
+    host: Any,
+    variant: str,
+    mode: str,
+    transport: str,
+    size: int,
+    work: str,
+    window: int,
+    charged: bool = False,
+) -> Block:
+    """Return a block of pictures; a request is one."""
+    from examples.image_pipeline.client import Client
+    from examples.image_pipeline.work import Op
+
+    seed = next(_numbers)  # of its own: what is pre-shared is named by a number that is drawn
+    options: Any = {"variant": variant, "mode": mode, "transport": transport, "seed": seed}
+    client = Client(host, **options)
+    key = PACKAGE, str(seed)
+    rpc_stage._clients[key] = client._client
+    files: Sequence[Any] = _pictures(size)
+    if mode == "pre-shared":
+        client.share(files)
+    if charged:
+        files = _Charged(host, files)
+    counts: dict[str, float] = {}
+    how: Any = {"window": window, "work": work, "check_every": CHECK_EVERY}
+
+    def run(n: int) -> Any:
+        # Half of them transcoded, half compressed, for every variant: the two cost very different times.
+        shares = ((Op.TRANSCODE, n - n // 2), (Op.COMPRESS, n // 2))
+        tallies = [client.run(files, count=share, op=op, **how) for op, share in shares if share]
+        if sum(tally.nr_done for tally in tallies) != n:
+            raise AssertionError(f"of {n} pictures some were not processed")
+        counts["timed_ns"] = sum(tally.seconds for tally in tallies) * 1e9
+        return np.concatenate([tally.latencies_ns for tally in tallies])
+
+    def close() -> None:
+        rpc_stage._clients.pop(key, None)
+        client.close()
+
+    return Block(run, close=close, counts=counts)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def start_pipeline(runner: Runner, transport: str, *, store: bool) -> tuple[str, ...]:
+    """Start client and services, each in a process; return the names of the services."""
+    from examples.image_pipeline import roles
+
+    names: tuple[str, ...] = roles.service_names(variants=("store",) if store else ())
+    for name in reversed(names):
+        runner.on.start(name, start_service, transport)
+    runner.on.start(CLIENT)
+    return names
+
+
+def case(
+    services: Sequence[str],
+    variant: str,
+    mode: str,
+    transport: str,
+    place: str,
+    size: int,
+    work: str,
+    window: int,
+    **more: Any,
+) -> Case:
+    """Return one point."""
+    return Case(
+        variant,
+        mode,
+        {"size": size, "work": work, "window": window, "transport": transport, "place": place}
+        | more,
+        (CLIENT,),
+        pictures_block,
+        {
+            "variant": variant,
+            "mode": mode,
+            "transport": transport,
+            "size": size,
+            "work": work,
+            "window": window,
+        },
+        (*services, "coordinator"),
+    )
+
+
+def _cases(services: Sequence[str], options: Options, transport: str, place: str) -> list[Case]:
+    sizes = SIZES[2:3] if options.tiny else QUICK_SIZES if options.quick else SIZES
+    works = ("none",) if options.tiny else ("none", "light") if options.quick else tuple(LINES)
+    made = []
+    for work in works:
+        for variant, mode in LINES[work]:
+            if not options.wants(variant) or (options.quick and variant not in ("value", "cxl")):
+                continue
+            made += [
+                case(services, variant, mode, transport, place, size, work, WINDOW)
+                for size in sizes
+            ]
+    for size in () if options.tiny else LATENCY_SIZES:
+        for variant, mode in LINES["light"]:
+            if options.wants(variant):
+                one = case(services, variant, mode, transport, place, size, "none", 1)
+                one.seconds = options.seconds if options.quick else LATENCY_SECONDS
+                made.append(one)
+    return made
+
+
+def run(options: Options, ticker: Ticker) -> dict[str, Any]:
+    """Measure."""
+    if reason := why_not():
+        return {"points": [], "bars": [], "skipped": {"image pipeline": reason}}
+    found: list[Point] = []
+    for transport in options.transports:
+        with running(options, ticker, DEVICE_BYTES) as runner:
+            services = start_pipeline(runner, transport, store=not options.quick)
+            for place in options.places:
+                runner.pin(place)
+                cases = _cases(services, options, transport, place)
+                found += map(point, runner.measure(cases, f"{transport}, {place}"))
+    points = Points(found)
+    return {"points": found, "bars": bars(points), "headline": headline(points)}
+
+
+def under_latency(options: Options, ticker: Ticker) -> tuple[list[Point], str]:
+    """Measure the pipeline while all hosts emulate slower devices: for Fig 12; or say why not."""
+    from .fig12 import CHARGED, EXTRA_NS, OVERLAPS, QUICK_EXTRA_NS, emulate
+
+    if (reason := why_not()) or options.tiny:
+        return [], reason or "left out"
+    found: list[Point] = []
+    place = options.places[0]
+    with running(options, ticker, DEVICE_BYTES) as runner:
+        services = start_pipeline(runner, "ring", store=False)
+        runner.pin(place)
+        cases = []
+        for extra_ns in QUICK_EXTRA_NS if options.quick else EXTRA_NS:
+
+            def slow_down(extra_ns: int = extra_ns) -> None:
+                for name in (CLIENT, *services):
+                    runner.on.peers[name].call(emulate, extra_ns, OVERLAPS[0])
+
+            for size, charged in itertools.product((256 << 10, 1 << 20), CHARGED):
+                one = case(
+                    services, "cxl", "fresh", "ring", place, size, "none", WINDOW,
+                    extra_ns=extra_ns, overlap=OVERLAPS[0], charged=charged, panel="b",
+                )  # fmt: skip
+                one.arguments["charged"] = charged == "all"
+                one.before = slow_down
+                cases.append(one)
+        found += map(point, runner.measure(cases, f"pictures, {place}"))
+    return found, ""
+
+
+# ---------------------------------------------------------------- what came of it
+
+_ASKED = (
+    ("tcp", 1 << 20, 4.0),
+    ("tcp", 4 << 20, 8.3),
+    ("ring", 1 << 20, 3.0),
+    ("ring", 4 << 10, 0.9),
+    ("tcp", 4 << 10, 0.9),
+)
+
+
+def bars(points: Points) -> list[dict[str, Any]]:
+    """Return the bars of this figure."""
+    made = []
+    value, ours = ({"variant": name, "mode": "fresh"} for name in ("value", "cxl"))
+    for place in points.values("place"):
+        for transport, size, limit in _ASKED:
+            for work in ("none", "scale", "light"):
+                which = dict(size=size, work=work, window=WINDOW, transport=transport, place=place)
+                found = points.ratio("per_second", ours, value, **which)
+                if found is None:
+                    continue
+                cpu = points.ratio("cpu_us", value, ours, **which)
+                assert cpu is not None
+                made.append(
+                    bar(
+                        f"{bytes_text(size)}, {'rings' if transport == 'ring' else 'TCP'}, work {work}, {place}: throughput "
+                        "by Ref against by value",
+                        found,
+                        limit,
+                        note=f"CPU time {cpu['median']:.3g} x lower",
+                    )
+                )
+        for transport in points.values("transport", place=place):
+            for size in LATENCY_SIZES:
+                which = dict(size=size, work="none", window=1, transport=transport, place=place)
+                for what in ("mean_us", "p99_us", "p99.9_us"):
+                    found = points.ratio(what, value, ours, **which)
+                    if found is not None:
+                        made.append(
+                            bar(
+                                f"{bytes_text(size)}, {'rings' if transport == 'ring' else 'TCP'}, {place}: {what[:-3]} latency "
+                                "by value against by Ref",
+                                found,
+                                1.0,
+                            )
+                        )
+    return made
+
+
+def headline(points: Points) -> str:
+    """Return what was measured, in one sentence."""
+    place = plots.preferred(points.values("place"), "one CPU")
+    told = []
+    for transport in points.values("transport", place=place):
+        sizes = points.values("size", transport=transport)
+        which = dict(size=sizes[-1], work="none", window=WINDOW, transport=transport, place=place)
+        found = points.ratio(
+            "per_second",
+            {"variant": "cxl", "mode": "fresh"},
+            {"variant": "value", "mode": "fresh"},
+            **which,
+        )
+        if found:
+            told.append(f"{found['median']:.2g} x over {'rings' if transport == 'ring' else 'TCP'}")
+    return (
+        f"throughput by Ref, {bytes_text(sizes[-1])}, no work, {place}: {', '.join(told)}"
+        if told
+        else ""
+    )
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """Plot throughput against the size, its ratio to by value, and latencies at 4 KiB."""
+    points = Points(result["points"])
+    if not points.points:
+        figure.text(0.5, 0.5, "not measured: " + ", ".join(result["skipped"].values()), ha="center")
+        return
+    place = plots.preferred(points.values("place"), "one CPU")
+    transports = points.values("transport", place=place)
+    axes = figure.subplots(len(transports), 3, squeeze=False)
+    for row, transport in enumerate(transports):
+        told = f"{'rings' if transport == 'ring' else 'TCP'}, {place}"
+        chosen = {"work": "none", "window": WINDOW, "transport": transport, "place": place}
+        ax = axes[row][0]
+        plots.lines(ax, points, "size", _gigabits, chosen)
+        plots.sizes_axis(ax, points.values("size"))
+        plots.log_y(ax)
+        ax.set_xlabel("size of a picture")
+        ax.set_ylabel("Gb/s of pictures")
+        ax.set_title(f"(a) no work, {told}")
+        _draw_gain(axes[row][1], points, transport, place)
+        axes[row][1].set_title(f"(a') gain by Ref, {told}")
+        _draw_latencies(axes[row][2], points, transport, place)
+        axes[row][2].set_title(f"(b) latency, {told}")
+    plots.legend(figure, axes)
+
+
+def _gigabits(one: Point) -> tuple[float, float, float]:
+    scale = one["params"]["size"] * 8 / 1e9
+    found = one["per_second"]
+    return found["median"] * scale, found["min"] * scale, found["max"] * scale
+
+
+def _draw_gain(ax: Any, points: Points, transport: str, place: str) -> None:
+    for i, work in enumerate(LINES):
+        chosen = {"work": work, "window": WINDOW, "transport": transport, "place": place}
+        xs, ys = [], []
+        for size in points.values("size", **chosen):
+            found = points.ratio(
+                "per_second",
+                {"variant": "cxl", "mode": "fresh"},
+                {"variant": "value", "mode": "fresh"},
+                size=size,
+                **chosen,
+            )
+            if found:
+                xs.append(size)
+                ys.append(found["median"])
+        if xs:
+            ax.plot(
+                xs,
+                ys,
+                marker="osD"[i],
+                color=("#0b6fb8", "#5aae61", "#a6611a")[i],
+                label=f"gain by Ref; work: {work}",
+            )
+    ax.axhline(1, color="#999999", linewidth=0.8)
+    plots.sizes_axis(ax, points.values("size"))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("size of a picture")
+    ax.set_ylabel("throughput, 1 = by value")
+
+
+def _draw_latencies(ax: Any, points: Points, transport: str, place: str) -> None:
+    from .variants import REGISTRY
+
+    names = ("mean", "p50", "p99", "p99.5", "p99.9")
+    size = LATENCY_SIZES[0]
+    for i, variant in enumerate(("value", "cxl")):
+        one = points.one(
+            variant=variant,
+            mode="fresh",
+            size=size,
+            work="none",
+            window=1,
+            transport=transport,
+            place=place,
+        )
+        if one is not None:
+            ax.bar(
+                [x + 0.4 * i - 0.2 for x in range(len(names))],
+                [one["latency_us"][name] for name in names],
+                0.38,
+                color=REGISTRY[variant].colour,
+            )
+    ax.set_xticks(range(len(names)), names)
+    ax.set_ylabel(f"latency at {bytes_text(size)}, us")

@@ -1,0 +1,182 @@
+"""What all plots look like: the colours of variants, solid lines for fresh data, the claim beside what was measured."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .summary import Point, Points, bytes_text
+from .variants import REGISTRY
+
+DASHES = {"fresh": "-", "shared": "--", "pre-shared": ":", "first": "-.", "clone": (0, (1, 3))}
+INK, FAINT = "#222222", "#d9d9d9"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.hashsalt": "dmrpc",
+    "savefig.facecolor": "white",
+}
+
+
+def latency(one: Point) -> tuple[float, float, float]:
+    """Return median latency in us, with the lowest and highest of the rounds."""
+    rounds = one["rounds"].get("p50_us") or [1e6 / r for r in one["rounds"]["per_second"]]
+    ordered = sorted(rounds)
+    return ordered[len(ordered) // 2], ordered[0], ordered[-1]
+
+
+def measured(one: Point, what: str) -> tuple[float, float, float] | None:
+    """Return (value, lowest, highest) of a point; what: latency, per_second, cpu_us or a counter per request."""
+    if what == "latency":
+        return latency(one)
+    if what in ("per_second", "cpu_us"):
+        found = one[what]
+        return found["median"], found["min"], found["max"]
+    value = one["each"].get(what, 0.0)
+    return value, value, value
+
+
+def preferred(values: Sequence[Any], first: Any) -> Any:
+    """Return a value if there is one like it, else any."""
+    return first if first in values or not values else values[0]
+
+
+def label(variant: str, mode: str) -> str:
+    """Return how a line is called."""
+    says = REGISTRY[variant].says if variant in REGISTRY else variant
+    return says if mode == "fresh" else f"{says}; {mode}"
+
+
+def lines(
+    ax: Any,
+    points: Points,
+    x: str,
+    y: str | Callable[[Point], tuple[float, float, float] | None],
+    chosen: dict[str, Any],
+    modes: Iterable[str] | None = None,
+) -> None:
+    """Draw a line for each variant and mode among the chosen points, with the spread of the rounds as a band."""
+    seen = dict.fromkeys((one["variant"], one["mode"]) for one in points.select(**chosen))
+    order = list(REGISTRY)
+    for variant, mode in sorted(seen, key=lambda line: (order.index(line[0]), line[1])):
+        if modes is not None and mode not in modes:
+            continue
+        line = sorted(
+            points.select(variant=variant, mode=mode, **chosen), key=lambda one: one["params"][x]
+        )
+        found = [
+            (one["params"][x], value)
+            for one in line
+            if (value := measured(one, y) if isinstance(y, str) else y(one)) is not None
+        ]
+        if not found:
+            continue
+        kind = REGISTRY[variant]
+        xs = [at for at, _ in found]
+        ax.plot(
+            xs,
+            [value[0] for _, value in found],
+            linestyle=DASHES.get(mode, "-"),
+            color=kind.colour,
+            marker=kind.marker,
+            label=label(variant, mode),
+        )
+        ax.fill_between(
+            xs,
+            [value[1] for _, value in found],
+            [value[2] for _, value in found],
+            color=kind.colour,
+            alpha=0.12,
+            linewidth=0,
+        )
+
+
+def sizes_axis(ax: Any, sizes: Sequence[int]) -> None:
+    """Make a logarithmic axis of sizes."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [bytes_text(size).replace("iB", "") for size in sizes], minor=False)
+    ax.minorticks_off()
+    ax.tick_params(axis="x", labelrotation=45 if len(sizes) > 6 else 0)
+
+
+def log_y(ax: Any) -> None:
+    """Make a logarithmic axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    few = high / low < 100
+    ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g}"
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """Put one legend for all axes below them."""
+    seen: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
+            seen.setdefault(text, handle)
+    figure.legend(
+        seen.values(),
+        seen.keys(),
+        loc="outside lower center",
+        ncols=min(max(len(seen), 1), 4 if len(seen) > 6 else 3),
+    )
+
+
+def bar_text(one: dict[str, Any]) -> str:
+    """Return what was measured against its bar, in a few words."""
+    if one["measured"] is None:
+        return "not measured"
+    sign = "≤" if one["at_most"] else "≥"
+    state = "met" if one["met"] else "missed"
+    return f"{one['measured']:.3g} {one['unit']} ({sign} {one['bar']:g} {one['unit']}: {state})"
+
+
+def render(module: Any, result: dict[str, Any], path: Path) -> None:
+    """Draw a figure with what the paper says and what was measured here, and write it as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        height = getattr(module, "HEIGHT", 6.4)
+        figure = Figure(figsize=(9.6, height), layout="constrained", dpi=130)
+        parts: Any = figure.subfigures(2, 1, height_ratios=(height - 0.8, 0.8))
+        top, bottom = parts
+        module.draw(result, top)
+        top.suptitle(result["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
+        told = [(f"The paper: {claim}.", "#777777") for claim in module.CLAIMS]
+        if headline := result.get("headline"):
+            told.append((f"Here: {headline}.", INK))
+        at = 0.97
+        for words, colour in told:
+            for line in textwrap.wrap(words, 145, subsequent_indent="      "):
+                bottom.text(0.01, at, line, va="top", fontsize=9, color=colour)
+                at -= 0.24
+        figure.savefig(path)

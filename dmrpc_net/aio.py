@@ -1,0 +1,236 @@
+"""The calls of a client for asyncio: ``await client.aio.rread(address, buffer)``.
+
+They go over the same connections as the others, so they are ordered with them and mean the same addresses. The event loop
+reads when nobody else does; when a thread that waits reads, it rings a bell for answers that are ours.
+
+The loop watches a duplicate of each socket: the socket itself may be closed and replaced by a thread at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dmrpc_cxl.errors import DeadlineExceeded, MisuseError
+
+from ._native import OUTCOME_BROKEN, Call, Deferred, Link
+
+if TYPE_CHECKING:
+    from .client import Client
+
+__all__ = ["Aio"]
+
+
+@dataclass
+class _Lane:
+    """A link, as the event loop sees it."""
+
+    link: Link
+    bell: int
+    watched: int = -1  # our duplicate of its socket
+    generation: int = -1  # of the socket that it duplicates
+    writing: bool = False
+    mending: asyncio.Task[None] | None = None
+    waiting: dict[Call[Any], asyncio.Future[Any]] = field(default_factory=dict)  # in order
+
+
+class _Awaitable:
+    """A call that is sent when it is awaited, or with :meth:`start`."""
+
+    def __init__(self, aio: Aio, call: Call[Any]) -> None:
+        self._aio, self._call = aio, call
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._aio.launch(self._call).__await__()
+
+    def start(self) -> asyncio.Future[Any]:
+        """Send it now; return what to await."""
+        return self._aio.launch(self._call)
+
+
+class _Known:
+    """A result that needs no call."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.start().__await__()
+
+    def start(self) -> asyncio.Future[Any]:
+        """Return what to await."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result(self._value)
+        return future
+
+
+class Aio(Deferred):
+    """A client's calls as awaitables, in one event loop."""
+
+    def __init__(self, client: Client) -> None:
+        """Tie them to the event loop that runs."""
+        super().__init__(client, self._prepared)
+        self._loop = asyncio.get_running_loop()
+        self._lanes: dict[Link, _Lane] = {}
+
+    def _prepared(self, call: Call[Any]) -> _Awaitable:
+        return _Awaitable(self, call)
+
+    def known(self, value: object) -> _Known:
+        """Return a value in the way in which results are returned."""
+        return _Known(value)
+
+    # ---------------------------------------------------------------- calls
+
+    def launch(self, call: Call[Any]) -> asyncio.Future[Any]:
+        """Send a call; return a future of its result."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise MisuseError(
+                "aio belongs to the event loop that was running when it was first used"
+            )
+        lane = self._lane_of(call.lane)
+        future: asyncio.Future[Any] = self._loop.create_future()
+        lane.waiting[call] = future
+        try:
+            status = call.begin()
+        except BaseException:
+            del lane.waiting[call]
+            raise
+        left = call.deadline_ns / 1e9 - time.monotonic()
+        timer = self._loop.call_later(max(left, 0), self._too_late, lane, call)
+        future.add_done_callback(lambda _: self._forget(lane, call, timer))
+        if status or lane.generation != lane.link.generation:
+            self._go_on(lane)
+        return future
+
+    def _forget(self, lane: _Lane, call: Call[Any], timer: asyncio.TimerHandle) -> None:
+        timer.cancel()
+        if lane.waiting.pop(call, None) is not None:
+            call.give_up()  # cancelled by whoever waited
+
+    def _too_late(self, lane: _Lane, call: Call[Any]) -> None:
+        self._hand_out(lane)
+        future = lane.waiting.get(call)
+        if future is not None and not future.done():
+            del lane.waiting[call]
+            call.give_up()
+            try:
+                future.set_result(call.result(0))  # it may have come at the last moment
+            except BaseException as error:
+                future.set_exception(error)
+
+    # ---------------------------------------------------------------- answers
+
+    def _lane_of(self, link: Link) -> _Lane:
+        lane = self._lanes.get(link)
+        if lane is None:
+            lane = self._lanes[link] = _Lane(link, link.open_bell())
+            self._loop.add_reader(lane.bell, self._rung, lane)
+        return lane
+
+    def _watch(self, lane: _Lane) -> None:
+        """Watch the socket that the link has now."""
+        if lane.link.generation == lane.generation:
+            return
+        self._unwatch(lane)
+        lane.watched, lane.generation = lane.link.duplicate()
+        if lane.watched < 0:
+            raise OSError("no descriptor to watch a memory server's answers with")
+        self._loop.add_reader(lane.watched, self._go_on, lane)
+
+    def _unwatch(self, lane: _Lane) -> None:
+        if lane.watched >= 0:
+            self._loop.remove_reader(lane.watched)
+            self._loop.remove_writer(lane.watched)
+            os.close(lane.watched)
+        lane.watched = lane.generation = -1
+        lane.writing = False
+
+    def _rung(self, lane: _Lane) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(lane.bell, 8)
+        self._go_on(lane)
+
+    def _go_on(self, lane: _Lane) -> None:
+        """Send and receive what can be, and hand results out."""
+        status = lane.link.pump()
+        self._hand_out(lane)
+        if status == OUTCOME_BROKEN:
+            self._unwatch(lane)
+            if lane.mending is None and lane.waiting:
+                lane.mending = self._loop.create_task(self._mend(lane))
+            return
+        if status < 0:
+            self._unwatch(lane)
+            self._lanes.pop(lane.link, None)
+            self._loop.remove_reader(lane.bell)
+            return
+        self._watch(lane)
+        if bool(status) != lane.writing and lane.watched >= 0:
+            lane.writing = bool(status)
+            if lane.writing:
+                self._loop.add_writer(lane.watched, self._go_on, lane)
+            else:
+                self._loop.remove_writer(lane.watched)
+
+    def _hand_out(self, lane: _Lane) -> None:
+        while lane.waiting:
+            call, future = next(iter(lane.waiting.items()))
+            if not call.done():
+                break
+            del lane.waiting[call]
+            if future.done():
+                continue
+            try:
+                future.set_result(call.result(0))
+            except Exception as error:
+                future.set_exception(error)
+
+    async def _mend(self, lane: _Lane) -> None:
+        """Have a thread open the connection again, until the last of those that wait gives up."""
+        try:
+            while lane.waiting and not lane.link.healthy:
+                until = max(call.deadline_ns for call in lane.waiting)
+                try:
+                    await self._loop.run_in_executor(None, lane.link.reopen, lane.link, until)
+                except DeadlineExceeded:
+                    break  # each is told by its own timer
+                self._hand_out(lane)
+        finally:
+            lane.mending = None
+        if lane.link.healthy:
+            self._go_on(lane)
+
+    @property
+    def usable(self) -> bool:
+        """Whether its event loop still is."""
+        return not self._loop.is_closed()
+
+    def close(self) -> None:
+        """Let go of the event loop; calls under way have been ended already. From any thread."""
+        if self._loop.is_closed():
+            for lane in self._lanes.values():
+                if lane.watched >= 0:
+                    os.close(lane.watched)
+            self._lanes.clear()
+            return
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
+            self._let_go()
+        else:
+            self._loop.call_soon_threadsafe(self._let_go)
+
+    def _let_go(self) -> None:
+        for lane in list(self._lanes.values()):
+            self._unwatch(lane)
+            self._loop.remove_reader(lane.bell)
+            self._hand_out(lane)
+        self._lanes.clear()

@@ -1,0 +1,141 @@
+"""A thin slice of every figure: it runs, its results are checked, every frame comes back, and what it writes can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.figures import __main__ as command
+from benchmarks.figures import fig08, plots, report
+from benchmarks.figures.blocks import Block, one_by_one
+from benchmarks.figures.runner import Case, Options, Ticker, running
+from benchmarks.figures.summary import Points
+from benchmarks.figures.variants import REGISTRY
+from benchmarks.figures.variants.base import Writing
+from benchmarks.peers import PeerFailed
+
+OURS = frozenset(("value", "cxl", "cxl-1", "cxl-copy", "store", "shm"))
+
+
+def options(*transports: str) -> Options:
+    return Options(
+        rounds=2,
+        seconds=0.003,
+        quick=True,
+        tiny=True,
+        variants=OURS,
+        places=("free",),
+        transports=transports or ("ring",),
+    )
+
+
+def measured(name: str, path: Path, *transports: str) -> dict[str, Any]:
+    """Measure a slice of a figure, and take it through its file, plot and report."""
+    found = command.measure(name, options(*transports), Ticker())
+    file = path / f"{name}.json"
+    file.write_text(json.dumps(found))
+    read: dict[str, Any] = json.loads(file.read_text())
+    plots.render(command.module_of(name), read, path / f"{name}.png")
+    assert (path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    report.write([read], path / "results.md", pictures="")
+    assert read["title"] in (path / "results.md").read_text()
+    return read
+
+
+@pytest.mark.parametrize("name", ["e0", "fig06", "fig07"])
+def test_a_slice_of_a_figure_is_measured_plotted_and_reported(name: str, tmp_path: Path) -> None:
+    found = measured(name, tmp_path)
+    assert found["points"]
+    for point in found["points"]:
+        assert point["per_second"]["min"] > 0
+
+
+def test_chains_send_as_many_bytes_for_a_large_array_by_ref_as_for_a_small_one(
+    tmp_path: Path,
+) -> None:
+    points = Points(measured("fig05", tmp_path, "ring", "tcp")["points"])
+    for transport in ("ring", "tcp"):
+        where = {"transport": transport, "hops": 2}
+        sent = {
+            (one["variant"], one["mode"], one["params"]["size"]): one["each"]["sent_bytes"]
+            for one in points.select(**where)
+        }
+        small, large = points.values("size")
+        assert sent["cxl", "fresh", large] < 1.1 * sent["cxl", "fresh", small] < 2000
+        assert 2 * large < sent["value", "fresh", large] < 2.2 * large  # two calls
+
+
+def test_receivers_of_a_shared_block_copy_as_many_frames_as_they_write(tmp_path: Path) -> None:
+    points = Points(measured("fig08", tmp_path)["points"])
+    for share, pages in ((0.0, 0), (100.0, 8)):
+        one = points.one(variant="cxl", mode="shared", share=share)
+        assert one is not None
+        assert one["each"].get("frames_copied", 0) == pages
+        assert (one["each"].get("wp_faults", 0) > 0) == (pages > 0)
+    for variant, mode in (("cxl", "fresh"), ("cxl-copy", "shared")):
+        for one in points.select(variant=variant, mode=mode):
+            assert one["each"].get("frames_copied", 0) == 0
+    assert {one["variant"] for one in points.points} == OURS - {"cxl-1"}
+
+
+def test_a_fault_that_copies_one_page_copies_exactly_the_pages_written() -> None:
+    with running(options()) as runner, fig08.parties(runner, ["cxl-1"], {}) as who:
+        params = {"block": 32 << 10, "stored": 4, "window": 1}
+        cases = [
+            fig08.case(who["cxl-1"], "cxl-1", "shared", params | {"share": share}, "ring")
+            for share in (12.5, 50.0)
+        ]
+        for series in runner.measure(cases):
+            pages = series.case.params["pages"]
+            assert [sample.each("frames_copied") for sample in series.samples] == [pages] * 2
+
+
+def test_a_slower_device_is_charged_and_the_models_error_is_told(tmp_path: Path) -> None:
+    found = measured("fig12", tmp_path)
+    assert set(found["model_errors"]) >= {"190"}
+    assert Points(found["points"]).values("extra_ns") == [0, 190, 400]
+
+
+def wrong_block(host: Any) -> Block:
+    return one_by_one(lambda: 1, lambda: 2)
+
+
+def test_a_wrong_result_ends_the_measurement() -> None:
+    with pytest.raises(PeerFailed, match="result 0 of 4 is 1, not 2"), running(options()) as runner:
+        runner.on.start("client")
+        runner.measure([Case("cxl", "fresh", {}, ("client",), wrong_block, {})])
+
+
+def test_every_variant_says_why_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("ray", "ray-cg", "spark"):
+        assert "is not installed" in REGISTRY[name].why_not()
+    monkeypatch.undo()
+    assert not any(REGISTRY[name].why_not() for name in OURS)
+
+
+def test_variants_have_names_and_colours_of_their_own() -> None:
+    assert all(name == variant.name for name, variant in REGISTRY.items())
+    assert len({variant.colour for variant in REGISTRY.values()}) == len(REGISTRY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ray", "ray-cg", "spark"])
+def test_clusters_do_the_same_work_and_leave_nothing_behind(name: str) -> None:
+    variant = REGISTRY[name]
+    if reason := variant.why_not():
+        pytest.skip(reason)
+    assert isinstance(variant, Writing)
+    skipped: dict[str, str] = {}
+    with running(options()) as runner:
+        with fig08.parties(runner, [name], skipped) as who:
+            params = {"block": 32 << 10, "stored": 4096, "window": 1, "share": 50.0}
+            [series] = runner.measure([fig08.case(who[name], name, "fresh", params, "ring")])
+            children = dict(who[name].pids() if who[name].pids else {})
+            assert children
+        assert len(series.samples) == 2
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children.values())
+    assert not skipped
