@@ -49,6 +49,10 @@ def free_what_is_mine_alone(at: At) -> None:
     at.alone.free()
 
 
+def give_up_what_the_keeper_made(at: At) -> None:
+    at.viewed.free()
+
+
 def store_to_mapped(at: At) -> None:
     ctypes.memset(at.mapped.address, 7, len(at.mapped))
 
@@ -315,5 +319,6 @@ ACTS = [
     _inside("storing", store_to_mapped, "cow_repointed", 3),
     _inside("storing, almost done", store_to_mapped, "cow_progress", 3),
     _inside("filling", store_to_pieces, "fill_shown"),
+    _inside("handing over", give_up_what_the_keeper_made, "home_sent", 3),
     _inside("giving back", detach, "return_untold"),
 ]

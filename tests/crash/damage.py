@@ -57,6 +57,8 @@ def frames_of_the_pool(fabric: str, number: int) -> list[int]:
 
 
 def refs_of(fabric: str, host: int) -> list[int]:
-    """Return the entries of the Refs that a host holds."""
+    """Return the entries of the Refs that a host holds, by what they are: where they lie is up to chance."""
     with devices.open(fabric, writable=False) as device:
-        return [ref["entry"] for ref in device.refs() if ref["holder"] == host]
+        held = [ref for ref in device.refs() if ref["holder"] == host]
+    held.sort(key=lambda ref: (ref["nr_pages"], ref["exclusive"], ref["entry"]))
+    return [ref["entry"] for ref in held]

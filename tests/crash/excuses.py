@@ -129,7 +129,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         ("host_cleared host_entered host_active", "admits nobody"),
         ("host_declared_dead host_reclaimed host_forgotten", "has no books: its steps are host_state_set"),
         ("service_written service_live published withdrawn", "publishes nothing"),
-        ("recover_pte_undone", "whoever is dead died at rest: see the coordinator"),
+        ("recover_pte_undone recover_op_settled recover_told_home", "whoever is dead died at rest: see the coordinator"),
         _CALLS,
         _NO_MEMORY,
     ],

@@ -24,6 +24,10 @@ BY_CHANCE = {"guard_kept"}
 AGAIN = "coordinator again"
 
 
+def passes_tried(role: str) -> tuple[int, ...]:
+    return PASSES if role != AGAIN else PASSES[:1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """An act, whoever does it."""
@@ -39,9 +43,13 @@ class Job:
         return f"{self.role}: {self.name}"
 
     def survey(self, stage: Stage) -> dict[str, int]:
-        """Return how often the act passes each label, as far as that matters."""
+        """Return how often the act passes each label, as far as that matters.
+
+        How much is left for a second recovery depends on where Refs lie in their table: passes are not counted there.
+        """
+        most = passes_tried(self.role)[-1]
         return {
-            label: min(passes, PASSES[-1])
+            label: min(passes, most)
             for label, passes in self.run(stage).items()
             if label not in self.by_chance
         }
@@ -129,7 +137,7 @@ def cases() -> list[Case]:
         job = jobs[key]
         for label, passes in labels.items():
             pair = (job.role, label)
-            for n in PASSES if job.role != AGAIN else (1,):
+            for n in passes_tried(job.role):
                 if n <= passes:
                     found.append(Case(job, label, n, n == 1 and pair not in seen))
                     seen.add(pair)
