@@ -78,7 +78,7 @@ slow: $(VENV)/.native $(VENV)/.test $(VENV)/.figures ## Run the tests marked slo
 	$(PY) -m pytest -m slow -o faulthandler_timeout=0 $(ARGS)
 
 .PHONY: crash
-crash: $(VENV)/.native $(VENV)/.test ## Kill somebody at every labelled step, in every act that passes it [ARGS="-k callee"]
+crash: $(VENV)/.native $(VENV)/.test ## Kill somebody behind every labelled step, in every act that passes it; 4 minutes [ARGS="-k callee"]
 	$(PY) -m pytest tests/crash -m "crash or not crash" -o faulthandler_timeout=0 $(ARGS)
 
 .PHONY: crash-survey

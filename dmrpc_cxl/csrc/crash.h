@@ -13,9 +13,10 @@
  * Those of loops over pages are passed once for each page.
  *
  * What is a step: one store to a frame word, a page-table entry, the state or the chain of a Ref, the operation and the
- * progress of an intent record, the state of a host or a service, the coordinator in the superblock. tests/c/
- * test_crash_points.c watches the stores of every operation, and fails if two of these have no label between them. All
- * else that is written (a Ref's other fields, an intent's, counters) counts only once one of these stores says so.
+ * progress of an intent record, the progress of recovery, the state of a host or a service, the coordinator in the
+ * superblock. tests/c/test_crash_points.c watches the stores of every operation, and fails if two of these have no label
+ * between them. All else that is written (a Ref's other fields, an intent's, counters) counts only once one of these
+ * stores says so.
  */
 #ifndef DM_CRASH_H
 #define DM_CRASH_H

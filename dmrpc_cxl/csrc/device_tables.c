@@ -175,7 +175,12 @@ void dm_device_coordinator(const struct dm_device *dev, struct dm_coordinator *o
 int dm_device_begin_change(struct dm_device *dev, uint64_t *mark, uint32_t what,
                            struct dm_error *err) {
     uint64_t mine = dev->fence_epoch << DM_MARK_SHIFT | what;
-    __atomic_store_n(mark, mine, __ATOMIC_SEQ_CST);
+    uint64_t there = __atomic_load_n(mark, __ATOMIC_RELAXED);
+    do {
+        if (dev->fence_epoch && there >> DM_MARK_SHIFT > dev->fence_epoch) /* a successor's */
+            return dm_device_check_writable(dev, err);
+    } while (!__atomic_compare_exchange_n(mark, &there, mine, false, __ATOMIC_SEQ_CST,
+                                          __ATOMIC_RELAXED));
     __atomic_thread_fence(__ATOMIC_SEQ_CST); /* pairs with the one in dm_device_changing */
     int status = dm_device_check_writable(dev, err);
     if (status != DM_OK)
