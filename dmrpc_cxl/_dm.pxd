@@ -73,6 +73,7 @@ cdef extern from "dm.h" nogil:
         dm_vma *vmas
         uint32_t nr_vmas
         uint32_t nr_reserved
+        uint32_t nr_out
         uint32_t vm_pieces
         uint32_t vm_piece_limit
         uint32_t batch

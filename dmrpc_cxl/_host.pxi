@@ -984,6 +984,14 @@ cdef class Host:
             "waited_ns": l.waited_ns,
         }
 
+    def _forget_given(self):
+        """Forget what this host has given away in Refs, for which it would keep as many frames of others: home.c."""
+        cdef dm_host *h = self.enter("forget_given")
+        with nogil:
+            dm_lock(h)
+            h.nr_out = 0
+            dm_unlock(h)
+
     def charge(self, size_t nbytes):
         """Say that loads or stores moved so many bytes to or from DM; costs time when slower memory is emulated.
 

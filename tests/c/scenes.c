@@ -498,4 +498,6 @@ void scene_prepare(struct scene *s, struct dm_device *dev, const struct scenario
     (void)mapped(s->h, &a);
     (void)b;
     what->prepare(s);
+    s->h->nr_out = s->other->nr_out =
+        0; /* what was prepared shall not keep frames from going home */
 }

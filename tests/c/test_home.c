@@ -89,10 +89,45 @@ static void frames_stay_when_home_is_not_there(void) {
     uint32_t id = 0;
     EXPECT_OK(dm_ralloc(b, 5 * PAGE, 0, false, &id, &err), &err);
     EXPECT_OK(dm_move_ref(b, id, false, &w, &err), &err);
+    a->nr_out = b->nr_out = 0;
     dropped(a, &w); /* to b */
     w = moved(b, 5);
+    b->nr_out = 0;
     dev.refs[w.entry].creator = a->id;
     viewed_and_freed(b, &w);
+    expect_at_home();
+}
+
+static uint64_t sent_home(void) {
+    return a->entry->counters[DM_CNT_frames_sent_home] +
+           b->entry->counters[DM_CNT_frames_sent_home];
+}
+
+static void who_has_given_away_as_many_keeps_them(void) {
+    struct dm_ref_wire w = moved(a, 6);
+    EXPECT_OK(dm_ref_accept(b, &w, false, &err), &err);
+    a->entry->state = DM_HOST_DEAD;
+    viewed_and_freed(b, &w);
+    a->entry->state = DM_HOST_ACTIVE;
+    uint64_t sent = sent_home();
+    for (unsigned i = 0; i < 3; i++) {
+        w = moved(b, 6);
+        mapped_and_freed(a, &w); /* for those that b got */
+        EXPECT_EQ(a->free.nr_free, GRANTED);
+        EXPECT_EQ(a->nr_out, 0);
+        w = moved(a, 6);
+        viewed_and_freed(b, &w);
+        EXPECT_EQ(b->free.nr_free, 6);
+        EXPECT_EQ(b->nr_out, 0);
+    }
+    EXPECT_EQ(sent_home(), sent);
+    w = moved(b, 6);
+    b->nr_out = 5; /* fewer than come */
+    dropped(a, &w);
+    w = moved(a, 6);
+    viewed_and_freed(b, &w);
+    EXPECT_EQ(sent_home(), sent + 6);
+    b->nr_out = 0;
     expect_at_home();
 }
 
@@ -148,6 +183,7 @@ int main(void) {
     HOLDS(a_run_goes_home_however_it_is_freed);
     HOLDS(what_one_host_frees_of_its_own_stays);
     HOLDS(frames_stay_when_home_is_not_there);
+    HOLDS(who_has_given_away_as_many_keeps_them);
     HOLDS(more_runs_than_hints_are_found_by_a_search);
     HOLDS(hints_are_not_believed);
     dm_unlock(a);

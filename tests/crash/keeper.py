@@ -106,6 +106,11 @@ def unharmed(at: At) -> list[str]:
     return complaints
 
 
+def forget_given(at: At) -> None:
+    """Have frames go home again, whatever earlier acts have taken from this host and died with."""
+    at.host._forget_given()
+
+
 def works(at: At) -> None:
     """Allocate, share, map, store, free: all that a host does."""
     mine = filled(at, 3, 7)

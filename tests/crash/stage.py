@@ -169,6 +169,7 @@ class Stages:
             self._stage = Stage()
         stage = self._stage
         stage.record.clear()
+        stage.keeper.call(keeper.forget_given)
         broken = True
         try:
             yield stage
