@@ -118,9 +118,7 @@ def greet(
         DeadlineExceeded: it does not answer.
         ServerLost: it hung up.
     """
-    hello = hello_of(
-        kind=kind, secret=secret, token=token, pid=pid, shard=shard, session=session
-    )
+    hello = hello_of(kind=kind, secret=secret, token=token, pid=pid, shard=shard, session=session)
     raw = b""
     try:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -162,7 +160,9 @@ def sockaddr_of(sock: socket.socket) -> bytes:
         )
     if sock.family == socket.AF_INET6:
         raw = socket.inet_pton(socket.AF_INET6, peer[0].partition("%")[0])
-        return struct.pack("=H", socket.AF_INET6) + struct.pack("!HI16s", peer[1], 0, raw) + (
-            struct.pack("=I", peer[3])
+        return (
+            struct.pack("=H", socket.AF_INET6)
+            + struct.pack("!HI16s", peer[1], 0, raw)
+            + (struct.pack("=I", peer[3]))
         )
     raise MisuseError(f"no address of family {sock.family}")
