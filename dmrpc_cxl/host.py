@@ -73,7 +73,8 @@ class Arrays:
             raise ValueError(f"negative dimensions are not allowed: {shape}")
         nbytes = dtype.itemsize * math.prod(lengths)
         buffer = self.ralloc(max(nbytes, 1), zero=zero)
-        return buffer.numpy(dtype, lengths)
+        array: npt.NDArray[Any] = buffer.numpy(dtype, lengths)
+        return array
 
 
 class Names:

@@ -41,15 +41,15 @@ class Services:
             self._threshold = self._measured()
         return self._threshold
 
-    def _measured(self) -> int:
-        me: Any = self
-        return measured(me)
-
     @threshold.setter
     def threshold(self, nbytes: int) -> None:
         if nbytes < 1:
             raise ValueError(f"a threshold of {nbytes} bytes")
         self._threshold = nbytes
+
+    def _measured(self) -> int:
+        me: Any = self
+        return measured(me)
 
     def serve(
         self,

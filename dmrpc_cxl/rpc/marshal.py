@@ -182,7 +182,8 @@ class _Outgoing:
         elif isinstance(value, _Blob):
             return self._blob(value)
         elif isinstance(value, Buffers.classes):
-            extension = self._blob(_Blob(memoryview(value), VIEW))
+            buffer: Any = value
+            extension = self._blob(_Blob(memoryview(buffer), VIEW))
         elif type(value) in self.places or isinstance(value, Ref):
             extension = msgspec.msgpack.Ext(REF, _pack(self._lend(value)))
         elif isinstance(value, np.generic) and not isinstance(
@@ -512,7 +513,8 @@ class _Incoming:
         crash_point("value_viewed")
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
-        return buffer.numpy(dtype, shape)
+        received: np.ndarray[Any, Any] = buffer.numpy(dtype, shape)
+        return received
 
     def _blob(self, place: int, nbytes: int, kind: int) -> bytes | bytearray | memoryview:
         if place < 0:
@@ -577,10 +579,12 @@ def _read(code: int, data: memoryview) -> Any:
 def _check_custom(wanted: Any, value: Any) -> Any:
     """Tell msgspec whether a value is of a type that it does not know."""
     origin: Any = typing.get_origin(wanted) or wanted
-    fits: bool = isinstance(origin, type) and isinstance(value, origin)
+    if origin is Ref:  # whichever memory it leads to
+        origin = Buffers.refs
+    fits: bool = isinstance(origin, (type, tuple)) and isinstance(value, origin)
     if not fits:
         raise ValueError(
-            f"Expected `{getattr(origin, '__name__', origin)}`, got `{type(value).__name__}`"
+            f"Expected `{getattr(wanted, '__name__', wanted)}`, got `{type(value).__name__}`"
         )
     if origin is np.ndarray and (args := typing.get_args(wanted)):
         scalars = typing.get_args(args[1])

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmrpc_net import Ref as NetRef
 from dmrpc_net._native import Buffer as NetBuffer
@@ -38,10 +38,14 @@ from .ownership import Buffers
 from .places import Place, Pool, Servers
 from .threshold import DEFAULT
 
+if TYPE_CHECKING:
+    from ..coordinator.client import Client
+
 __all__ = ["MixedHost", "NetHost"]
 
 assert TOKEN_BYTES == REF_BYTES
 Buffers.classes = (*Buffers.classes, NetBuffer)
+Buffers.refs = (*Buffers.refs, NetRef)
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 
 
@@ -56,12 +60,12 @@ class _Registration:
     """A host as the coordinator knows it: a slot in its table, and a connection that is made anew when it is lost."""
 
     def __init__(self, fabric: str, name: str, *, tcp: bool, deadline: float) -> None:
-        from ..coordinator.client import Client
+        from ..coordinator.client import Client as Connection
 
-        self._open: Callable[[], Any] = lambda: Client.to(fabric, tcp=tcp, timeout=deadline)
+        self._open: Callable[[], Client] = lambda: Connection.to(fabric, tcp=tcp, timeout=deadline)
         self._deadline = deadline
         self._lock = threading.Lock()
-        self._client = self._open()
+        self._client: Client | None = self._open()
         try:
             answer = self._client.register(name)
         except BaseException:

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from .._native import Buffer
+from .._native import Buffer, Ref
 from ..errors import BadAddress, BufferInUse
 
 __all__ = [
-    "BUFFERS",
+    "Buffers",
     "Example",
     "Moved",
     "buffer_of_lonely",
@@ -40,9 +40,10 @@ __all__ = [
 
 
 class Buffers:
-    """The classes of memory that arrays lie in: the pool's, and that of memory servers once they are used."""
+    """The classes of memory that arrays lie in, and of Refs: the pool's, and those of memory servers once they are used."""
 
-    classes: tuple[type, ...] = (Buffer,)
+    classes: tuple[type[Any], ...] = (Buffer,)
+    refs: tuple[type[Any], ...] = (Ref,)
 
 
 class Moved:
@@ -150,7 +151,7 @@ def move(target: Any) -> Moved:
     if isinstance(target, Buffers.classes):
         return Moved(target.host.create_ref(target, move=True), None, (target.nbytes,))
     # No variable more for the target: _TARGET counts them.
-    if not isinstance(target, np.ndarray) or _counts_to_buffer(target) is None:  # type: ignore[redundant-expr]
+    if not isinstance(target, np.ndarray) or _counts_to_buffer(target) is None:
         base = getattr(getattr(target, "base", None), "base", None)
         if type(base) is memoryview and isinstance(base.obj, Buffers.classes):
             raise BufferInUse(

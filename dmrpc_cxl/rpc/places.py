@@ -50,21 +50,37 @@ class Attachment(Protocol):
     """What services and clients need of the process they are in: a name service, and memory."""
 
     @property
-    def fabric(self) -> str: ...
+    def fabric(self) -> str:
+        """Its name."""
+
     @property
-    def fabric_id(self) -> int: ...
+    def fabric_id(self) -> int:
+        """Its random number."""
+
     @property
-    def secret(self) -> bytes: ...
+    def secret(self) -> bytes:
+        """What proves to others that this process may use the fabric."""
+
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """Host id, 1 and up."""
+
     @property
-    def detached(self) -> bool: ...
+    def detached(self) -> bool:
+        """Whether it has left."""
+
     def find_places(self) -> dict[type, Place]:
         """Return where this process's large data may go, by the class of Refs; the one that is preferred first."""
 
-    def publish(self, name: str, endpoint: Any) -> None: ...
-    def withdraw(self, name: str) -> None: ...
-    def lookup(self, name: str) -> dict[str, Any]: ...
+    def publish(self, name: str, endpoint: Any) -> None:
+        """Publish a service."""
+
+    def withdraw(self, name: str) -> None:
+        """Take it back."""
+
+    def lookup(self, name: str) -> dict[str, Any]:
+        """Find a service."""
+
     def drop_refs(self, data: Any) -> int:
         """Drop the Refs of a message that nobody took over, whoever holds them."""
 
@@ -77,8 +93,11 @@ class Attachment(Protocol):
     def take_ref(self, data: bytes) -> Any:
         """Take a Ref over, and return it."""
 
-    def ralloc(self, size: int, *, zero: bool = True) -> Any: ...
-    def create_ref(self, target: Any, *, move: bool = False) -> Any: ...
+    def ralloc(self, size: int, *, zero: bool = True) -> Any:
+        """Return a Buffer that can be sent by Ref."""
+
+    def create_ref(self, target: Any, *, move: bool = False) -> Any:
+        """Return a Ref to what a Buffer holds."""
 
 
 class Place(Protocol):
