@@ -680,6 +680,8 @@ cdef class Operations:
             if len(raw) != sizeof(w):
                 continue
             memcpy(&w, PyBytes_AS_STRING(raw), sizeof(w))
+            if w.flags != NET_REF_TAG:
+                continue
             place = w.server * NET_MAX_SHARDS + w.shard
             if w.shard >= NET_MAX_SHARDS or place >= len(client.links) or client.links[place] is None:
                 left.append(raw)

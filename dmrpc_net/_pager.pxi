@@ -85,14 +85,13 @@ cdef class Buffer:
         self.unmap()
 
     cdef void unmap(self) noexcept:
-        cdef char *base = self.region.base
-        self.region.base = NULL
-        if base == NULL or self.host is None or self.host.owner != getpid():
+        if self.region.base == NULL or self.host is None or self.host.owner != getpid():
             return  # a forked child has no such memory
         if self.watched:
-            net_pager_remove(self.pager.p, &self.region)
+            net_pager_remove(self.pager.p, &self.region)  # which may wait for a fetch into it
             self.watched = False
-        net_pager_unmap(base, self.region.nr_pages)
+        net_pager_unmap(self.region.base, self.region.nr_pages)
+        self.region.base = NULL
 
     def show(self, Pager pager not None, Ref ref not None, *, bint whole, bint all_present=False):
         """Have the bytes be those of a Ref that is kept for them. all_present: they are here, and must not be stored to now."""
@@ -131,12 +130,12 @@ cdef class Buffer:
 
     def supply(self, data):
         """Fill in what was not fetched yet, from all of the Ref's bytes."""
-        cdef const char[::1] view = data
+        cdef const unsigned char[::1] view = data
         cdef int status
         if view.shape[0] != <Py_ssize_t>self.region.length or not self.watched:
             raise _cxl.BadSize("supply: other bytes than the Ref's")
         with nogil:
-            status = net_pager_supply(self.pager.p, &self.region, &view[0])
+            status = net_pager_supply(self.pager.p, &self.region, <const char *>&view[0])
         if status:
             raise OSError(status, "supply")
 

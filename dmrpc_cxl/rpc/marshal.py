@@ -579,12 +579,10 @@ def _read(code: int, data: memoryview) -> Any:
 def _check_custom(wanted: Any, value: Any) -> Any:
     """Tell msgspec whether a value is of a type that it does not know."""
     origin: Any = typing.get_origin(wanted) or wanted
-    if origin is Ref:  # whichever memory it leads to
-        origin = Buffers.refs
-    fits: bool = isinstance(origin, (type, tuple)) and isinstance(value, origin)
+    fits: bool = isinstance(origin, type) and isinstance(value, origin)
     if not fits:
         raise ValueError(
-            f"Expected `{getattr(wanted, '__name__', wanted)}`, got `{type(value).__name__}`"
+            f"Expected `{getattr(origin, '__name__', origin)}`, got `{type(value).__name__}`"
         )
     if origin is np.ndarray and (args := typing.get_args(wanted)):
         scalars = typing.get_args(args[1])

@@ -28,6 +28,7 @@ from .._native import Buffer, Ref
 from ..errors import BadAddress, BufferInUse
 
 __all__ = [
+    "AnyRef",
     "Buffers",
     "Example",
     "Moved",
@@ -44,6 +45,15 @@ class Buffers:
 
     classes: tuple[type[Any], ...] = (Buffer,)
     refs: tuple[type[Any], ...] = (Ref,)
+
+
+class _AnyRefType(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, Buffers.refs)
+
+
+class AnyRef(metaclass=_AnyRefType):
+    """What methods get whose parameters are annotated with Ref: one of either memory."""
 
 
 class Moved:
