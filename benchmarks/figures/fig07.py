@@ -198,13 +198,15 @@ def _ratios(points: Points, what: str, mode: str, place: str) -> list[tuple[int,
 
 
 def bars(points: Points) -> list[dict[str, Any]]:
-    """Return the bars of this figure."""
+    """Return the bars of this figure: for the complete operation, with its address bookkeeping and its Ref record.
+
+    The lines in which a buffer is made, written, shared and freed again are about more than it, and have no bar.
+    """
     made = []
     for place in points.values("place"):
         for mode, says in (
             ("pre-shared", "shared before"),
             ("first", "never shared before"),
-            ("fresh", "whole life of the buffer"),
         ):
             above = [
                 (size, one) for size, one in _ratios(points, "p50_us", mode, place) if size > 16384

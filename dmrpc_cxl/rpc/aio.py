@@ -401,7 +401,11 @@ async def _opened(
             if found is not None:
                 found[0].close()
 
-    threading.Thread(target=work, name=f"{link.service}-connect", daemon=True).start()
+    thread = threading.Thread(target=work, name=f"{link.service}-connect", daemon=True)
+    errands = getattr(link.host, "_errands", None)
+    if errands is not None:
+        errands.add(thread)
+    thread.start()
     return await opened
 
 

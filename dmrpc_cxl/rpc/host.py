@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast, overload
@@ -33,6 +34,13 @@ class Services:
 
     _threshold: int | None
     _ends: weakref.WeakSet[Server | Client | Forwarder]
+    _errands: weakref.WeakSet[threading.Thread]
+    """Threads that connect for an event loop; the call they do it for may have been given up."""
+
+    def _begin(self) -> None:
+        self._threshold = None
+        self._ends = weakref.WeakSet()
+        self._errands = weakref.WeakSet()
 
     @property
     def threshold(self) -> int:
@@ -190,6 +198,8 @@ class Services:
                     end.close()
                 else:
                     end.stop()
+        for thread in list(self._errands):
+            thread.join()  # it has a deadline of its own
 
 
 class Host(Services, MemoryHost):
@@ -197,8 +207,7 @@ class Host(Services, MemoryHost):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._threshold = None
-        self._ends = weakref.WeakSet()
+        self._begin()
 
     def find_places(self) -> dict[type, Place]:
         """Return where this host's large data may go; see :mod:`dmrpc_cxl.rpc.places`."""
@@ -210,7 +219,10 @@ class Host(Services, MemoryHost):
         return Ref.from_bytes(data, self).accept(anew=True)
 
     def detach(self) -> None:
-        """Stop services, close clients, leave the fabric; see :meth:`dmrpc_cxl.host.Host.detach`."""
+        """Stop services, close clients, leave the fabric; see :meth:`dmrpc_cxl.host.Host.detach`.
+
+        A connection that is being made in the background has until its ``connect_timeout`` to notice.
+        """
         if not self.detached:
             self._stop_ends()
         super().detach()

@@ -13,7 +13,6 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -126,8 +125,7 @@ class NetHost(Services, Arrays, Names):
         """Register with a fabric's coordinator; see :func:`dmrpc_cxl.attach`."""
         from ..fabric.device import open as open_device
 
-        self._threshold = None
-        self._ends = weakref.WeakSet()
+        self._begin()
         self.fabric, self.name, self.memory = fabric, name, memory
         with open_device(fabric, writable=False) as device:  # for what proves that we may
             found = device.superblock

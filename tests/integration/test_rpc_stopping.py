@@ -1,6 +1,7 @@
 """Servers that stop, in order or not, and clients that find their successors."""
 
 import asyncio
+import signal
 import threading
 import time
 from typing import Any
@@ -8,7 +9,13 @@ from typing import Any
 import pytest
 
 import dmrpc_cxl
-from dmrpc_cxl.errors import PeerLost, ServiceExists, ServiceNotFound, ServiceStopping
+from dmrpc_cxl.errors import (
+    DeadlineExceeded,
+    PeerLost,
+    ServiceExists,
+    ServiceNotFound,
+    ServiceStopping,
+)
 from tests.rpc_services import (
     Desk,
     Rpc,
@@ -170,6 +177,28 @@ def test_detaching_stops_servers_and_closes_clients(rpc: Rpc, transport: str) ->
         client.add(1, 2, 3)
     del host, client
     until_nothing_is_new(before)
+
+
+def test_detaching_waits_for_a_connection_that_nobody_waits_for_any_more(rpc: Rpc) -> None:
+    rpc.serve(0, Desk, "desk")
+    host = dmrpc_cxl.attach(rpc.fabric.name)
+    client = host.connect("desk", connect_timeout=1.0)
+    rpc.fabric.coordinator.send_signal(signal.SIGSTOP)  # so that looking the name up takes its time
+    resume = threading.Timer(0.5, rpc.fabric.coordinator.send_signal, (signal.SIGCONT,))
+    try:
+
+        async def call() -> None:
+            await client.using(timeout=0.05).aio.pid()
+
+        with pytest.raises(DeadlineExceeded):
+            asyncio.run(call())
+        resume.start()
+        host.detach()
+        assert host.detached
+    finally:
+        rpc.fabric.coordinator.send_signal(signal.SIGCONT)
+        resume.cancel()
+        host.detach()
 
 
 def test_a_name_that_is_taken_stays_with_its_first_server(rpc: Rpc) -> None:
