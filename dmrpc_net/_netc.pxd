@@ -309,4 +309,5 @@ cdef extern from "net_pager.h" nogil:
     void net_pager_remove(net_pager *p, net_region *r)
     int net_pager_protect(net_pager *p, net_region *r)
     int net_pager_supply(net_pager *p, net_region *r, const char *bytes)
+    void net_pager_settle(net_pager *p, net_region *r)
     void net_pager_stats(net_pager *p, net_pager_stats_t *to)

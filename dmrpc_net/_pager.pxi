@@ -139,6 +139,12 @@ cdef class Buffer:
         if status:
             raise OSError(status, "supply")
 
+    def settle(self):
+        """Wait for the end of a fetch that is under way."""
+        if self.watched:
+            with nogil:
+                net_pager_settle(self.pager.p, &self.region)
+
     def retire(self):
         """Let go of the memory as soon as the last view has; for who moves it."""
         self.live = False

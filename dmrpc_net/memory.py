@@ -304,6 +304,8 @@ class Memory:
         if self.closed:
             return
         if self.owner == os.getpid():
+            for buffer in list(self._buffers):
+                buffer.settle()
             waiting = [b for b in list(self._buffers) if b.views and not (b.complete or b.failed)]
             if waiting:
                 raise BufferInUse(

@@ -15,7 +15,7 @@
 ``connection``      what all clients share; ``remote_errors``: exceptions that arrive
 ``forwarder``       a load balancer, or a gate, that passes calls on as they are; ``passing``: what it sees of one
 ``places``          where large data goes: the pool, or memory servers
-``attaching``       joining a fabric; ``host``, ``net_host``: all of it on the host, with either memory
+``attaching``       joining a fabric; ``host``: all of it on the host
 ``objects``         any picklable object in DM
 ==================  ====================================================================================
 """

@@ -14,9 +14,8 @@ from .host import Host
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dmrpc_net.host import NetHost
     from dmrpc_net.memory import Fetch
-
-    from .net_host import NetHost
 
 __all__ = ["Memories", "attach"]
 
@@ -81,9 +80,8 @@ def attach(
         raise MisuseError(f"dm: 'cxl' or 'net', not {dm!r}")
     if dm == "cxl" and servers is None:
         return Host.attach(fabric, **options)
+    from dmrpc_net.host import MixedHost, NetHost
     from dmrpc_net.memory import Memory
-
-    from .net_host import MixedHost, NetHost
 
     deadline = options.get("deadline", 5.0)
     memory = Memory.attach(servers, secret=memory_secret, deadline=deadline, fetch=fetch)

@@ -345,6 +345,13 @@ int net_pager_supply(struct net_pager *p, struct net_region *r, const char *byte
     return status;
 }
 
+void net_pager_settle(struct net_pager *p, struct net_region *r) {
+    pthread_mutex_lock(&p->lock);
+    while (r->busy)
+        pthread_cond_wait(&p->idle, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
 void net_pager_stats(struct net_pager *p, struct net_pager_stats *to) {
     pthread_mutex_lock(&p->lock);
     *to = p->stats;

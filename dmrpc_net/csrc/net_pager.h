@@ -69,6 +69,9 @@ int net_pager_protect(struct net_pager *p, struct net_region *r);
 /* Supply pages that are missing from bytes that were got otherwise: all of the region's length. */
 int net_pager_supply(struct net_pager *p, struct net_region *r, const char *bytes);
 
+/* Wait for the end of a fetch that is under way. */
+void net_pager_settle(struct net_pager *p, struct net_region *r);
+
 void net_pager_stats(struct net_pager *p, struct net_pager_stats *to);
 
 #endif

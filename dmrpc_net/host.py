@@ -2,7 +2,7 @@
 
 ``NetHost`` maps no device. Its names are those of the fabric, whose coordinator it asks; its arrays are memory of its own,
 and go to memory servers when they are sent. ``MixedHost`` has the pool, and reaches hosts that have none through memory
-servers. Which of the two is used in a call is decided by what both ends reach: see places.py.
+servers. Which of the two is used in a call is decided by what both ends reach: see :mod:`dmrpc_cxl.rpc.places`.
 
 Paper: IV, V-A.
 """
@@ -14,14 +14,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dmrpc_net import Ref as NetRef
-from dmrpc_net._native import Buffer as NetBuffer
-from dmrpc_net.memory import TOKEN_BYTES, Memory, is_token
-
-from .._native import Ref
-from ..errors import (
+from dmrpc_cxl._native import Ref
+from dmrpc_cxl.coordinator.client import Client as Coordinator
+from dmrpc_cxl.coordinator.messages import MsgType
+from dmrpc_cxl.errors import (
     BadAddress,
     BadRef,
     BadSize,
@@ -30,15 +28,17 @@ from ..errors import (
     ForkedError,
     HostClosed,
 )
-from ..host import Arrays, Names
-from .frames import REF_BYTES
-from .host import Host, Services
-from .ownership import Buffers
-from .places import Place, Pool, Servers
-from .threshold import DEFAULT
+from dmrpc_cxl.fabric.device import open as open_device
+from dmrpc_cxl.host import Arrays, Names
+from dmrpc_cxl.rpc.frames import REF_BYTES
+from dmrpc_cxl.rpc.host import Host, Services
+from dmrpc_cxl.rpc.ownership import Buffers
+from dmrpc_cxl.rpc.places import Place, Pool, Servers
+from dmrpc_cxl.rpc.threshold import DEFAULT
 
-if TYPE_CHECKING:
-    from ..coordinator.client import Client
+from ._native import Buffer as NetBuffer
+from ._native import Ref as NetRef
+from .memory import TOKEN_BYTES, Memory, is_token
 
 __all__ = ["MixedHost", "NetHost"]
 
@@ -59,12 +59,12 @@ class _Registration:
     """A host as the coordinator knows it: a slot in its table, and a connection that is made anew when it is lost."""
 
     def __init__(self, fabric: str, name: str, *, tcp: bool, deadline: float) -> None:
-        from ..coordinator.client import Client as Connection
-
-        self._open: Callable[[], Client] = lambda: Connection.to(fabric, tcp=tcp, timeout=deadline)
+        self._open: Callable[[], Coordinator] = lambda: Coordinator.to(
+            fabric, tcp=tcp, timeout=deadline
+        )
         self._deadline = deadline
         self._lock = threading.Lock()
-        self._client: Client | None = self._open()
+        self._client: Coordinator | None = self._open()
         try:
             answer = self._client.register(name)
         except BaseException:
@@ -75,8 +75,6 @@ class _Registration:
 
     def request(self, kind: str, question: dict[str, Any]) -> dict[str, Any]:
         """Ask the coordinator; when it was lost, the next one, until the time is over."""
-        from ..coordinator.messages import MsgType
-
         give_up, pause = time.monotonic() + self._deadline, FIRST_PAUSE
         with self._lock:
             while True:
@@ -123,8 +121,6 @@ class NetHost(Services, Arrays, Names):
         self, fabric: str, name: str, memory: Memory, *, transport: str, deadline: float
     ) -> None:
         """Register with a fabric's coordinator; see :func:`dmrpc_cxl.attach`."""
-        from ..fabric.device import open as open_device
-
         self._begin()
         self.fabric, self.name, self.memory = fabric, name, memory
         with open_device(fabric, writable=False) as device:  # for what proves that we may
