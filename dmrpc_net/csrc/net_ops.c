@@ -216,7 +216,7 @@ int net_clone_ref(struct net_shard *s, struct net_session *ses, uint64_t key, ui
     uint32_t *pages = malloc(nr * sizeof *pages);
     if (!pages)
         return NET_NO_MEMORY;
-    status = share(s, r->pages, nr, pages);
+    status = s->eager ? copy(s, r->pages, nr, nr_filled, pages) : share(s, r->pages, nr, pages);
     if (status == NET_OK) {
         status = add_ref(s, ses, pages, nr, nr_filled, length, clone); /* r may move */
         if (status != NET_OK)

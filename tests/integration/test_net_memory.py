@@ -18,7 +18,7 @@ import pytest
 from dmrpc_cxl.errors import BadRef, BufferInUse, ForkedError, RefConsumed
 from dmrpc_net import ServerLost
 from dmrpc_net.memory import TOKEN_BYTES, Fetch, Memory
-from tests.net_servers import Servers, StandingServers
+from tests.net_servers import Servers, StandingServers, serving
 from tests.standing import until
 
 PAGE = 4096
@@ -403,3 +403,13 @@ def _look_for_ever(there: Any) -> None:
     while True:
         buffer = there.memory.view(there.memory.token_of(there.ref.clone()))
         assert int(buffer.numpy()[5]) >= 0
+
+
+def test_a_copying_server_copies_for_every_further_ref_and_for_no_first_one() -> None:
+    with serving("--copy", shards=1) as servers:
+        client = servers.client()
+        ref = client.put(numbers(8 * PAGE))
+        assert not client.stats()["pages_copied_eagerly"]
+        clone = ref.clone()
+        assert client.stats()["pages_copied_eagerly"] == 8
+        assert client.get(clone) == client.get(ref) == bytes(numbers(8 * PAGE))
