@@ -34,7 +34,11 @@ class ByServer(Writing):
         on, client, writer = runner.on, f"{self.name}-client", f"{self.name}-writer"
         with contextlib.ExitStack() as stack:
             here, pid = stack.enter_context(memory_server(*self.server_options))
-            where = {"dm": "net", "servers": list(here.addresses), "memory_secret": here.secret}
+            where: dict[str, Any] = {
+                "dm": "net",
+                "servers": list(here.addresses),
+                "memory_secret": here.secret,
+            }
             on.start(client, **where)
             on.start(writer, serve, Writer, **where)
 
