@@ -17,8 +17,8 @@ import numpy as np
 import dmrpc_cxl
 from dmrpc_cxl.fabric import device
 
+from ..serving.desk import Desk
 from .client import Client, Tally, Wrong
-from .hosts import Desk
 
 DRAIN_SECONDS = 10.0
 SETTLE_SECONDS = 0.002  # what services do behind their replies belongs to the work as well
