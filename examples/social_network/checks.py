@@ -54,7 +54,8 @@ def check_composed(
         Wrong: it is not there, or another.
     """
     one.ask(Request(Kind.COMPOSE, req_id, one.variant.name, compose.user_id, body=encoded(compose)))
-    with host.connect("social-graph", SocialGraph) as graph:
+    graph_there: Any = host.connect("social-graph", SocialGraph)
+    with graph_there as graph:
         followers = graph.followers(compose.user_id)
     names = mentions_in(compose.text)
     own = timeline(one, Kind.USER_TIMELINE, compose.user_id)

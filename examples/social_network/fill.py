@@ -46,10 +46,9 @@ def fill(host: dmrpc_cxl.Host, edges: list[tuple[int, int]], users: int, writer:
         DmError: a service failed.
     """
     follows = [pair for a, b in edges for pair in ((a, b), (b, a))]
-    with (
-        host.connect("user", storage.UserService) as user,
-        host.connect("social-graph", storage.SocialGraph) as graph,
-    ):
+    users_there: Any = host.connect("user", storage.UserService)
+    graph_there: Any = host.connect("social-graph", storage.SocialGraph)
+    with users_there as user, graph_there as graph:
         for registers in _batches(map(register_of, range(users))):
             user.register_all(registers)
         for pairs in _batches(follows):

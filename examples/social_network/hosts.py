@@ -1,6 +1,6 @@
 """The processes: which there are, for the launcher, and what each of them runs.
 
-    hosts(args)     the hosts of a run, for dmrpc_cxl.fabric.launcher
+    programs(args)  what the hosts of a run execute, for the launcher
     serve(host)     what the host of a service runs: the services of the process that has the host's name
 
 Besides, each host has a desk: ../serving/desk.py.
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dmrpc_cxl
-from dmrpc_cxl.fabric.topology import HostSpec
 
-from ..serving.desk import Desk, host_of, wait_for
+from ..serving.desk import Desk, wait_for
 from .roles import LOAD_BALANCER, called_by, process_names, start
 from .stores import Stores
 from .variants import VARIANTS
@@ -26,19 +26,16 @@ from .variants import VARIANTS
 KINDS = ("memory", "sqlite", "redis")
 
 
-def hosts(args: Sequence[str] = ()) -> tuple[HostSpec, ...]:
-    """Make the hosts of a run: the client, which gets the arguments, and the services."""
+def programs(args: Sequence[str] = ()) -> list[str]:
+    """Return what the hosts of a run execute, as `dmrpc fabric run --program` takes it: the client, and the services."""
     parser = argparse.ArgumentParser(add_help=False)
     add_service_options(parser)
     options, _ = parser.parse_known_args(list(args))
-    told = words_of(options)
-    return (
-        host_of("client", f"{__package__}.session:main", *args),
-        *(
-            host_of(name, f"{__package__}.hosts:serve", *told)
-            for name in process_names(compact=options.compact)
-        ),
-    )
+    told = shlex.join(words_of(options))
+    return [
+        f"client={__package__}.session:main {shlex.join(args)}",
+        *(f"{name}={__package__}.hosts:serve {told}" for name in process_names(compact=options.compact)),
+    ]  # fmt: skip
 
 
 def add_service_options(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +57,8 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     add("--folder", metavar="FOLDER", default="",
         help="of SQLite files that shall stay; they are read again  [default: a temporary one]")  # fmt: skip
     add("--redis", metavar="URL", default="redis://127.0.0.1:6379", help="with --store redis")
-    add("--http-port", type=int, default=8080, metavar="N",
-        help="of the load balancer; 0: one that is free, -1: no HTTP  [default: 8080]")  # fmt: skip
+    add("--http-port", type=int, default=0, metavar="N",
+        help="of the load balancer; 0: one that is free, -1: no HTTP  [default: 0]")  # fmt: skip
     add("--http-variant", choices=tuple(VARIANTS), default="cxl",
         help="how lists of posts come to the load balancer for HTTP  [default: cxl]")  # fmt: skip
 

@@ -191,7 +191,7 @@ def decoded(body: Bytes | None, kind: type[Record]) -> Record:
     if body is None:
         raise BadRequest(f"a {kind.__name__.lower()} request without a body")
     try:
-        return msgspec.msgpack.decode(memoryview(body), type=kind)
+        return msgspec.msgpack.decode(body.data, type=kind)
     except msgspec.MsgspecError as error:
         raise BadRequest(f"not a {kind.__name__.lower()} request: {error}") from None
 

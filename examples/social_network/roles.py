@@ -17,7 +17,7 @@ from typing import Any
 import dmrpc_cxl
 from dmrpc_cxl.rpc.endpoint import Transport
 
-from ..serving.running import Account, Running
+from ..serving.running import Account, Counting, Running
 from . import services, storage
 from .records import Kind
 from .stores import Stores
@@ -148,7 +148,7 @@ class _Starting:
             self._start_mover(name)
             return
         made = self._make(name)
-        counts = made.counts if isinstance(made, services.Counting) else dict
+        counts = made.counts if isinstance(made, Counting) else dict
         self._serve(made, name, counts)
         if name in FRONT.values():
             self._serve(services.Entrance(made.handle), f"{name}/front")

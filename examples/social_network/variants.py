@@ -76,7 +76,7 @@ class Variant(ABC):
 
     def posts(self, host: dmrpc_cxl.Host, reply: Reply) -> list[Post]:
         """Read the posts of a reply: the first look at them since the storage."""
-        return [] if reply.posts is None else _POSTS.decode(memoryview(reply.posts))
+        return [] if reply.posts is None else _POSTS.decode(reply.posts.data)
 
 
 class Value(Variant):
@@ -106,7 +106,7 @@ class Cxl(Variant):
         if nbytes < threshold_of(shelf.host):
             return Reply(req_id, np.frombuffer(assemble(posts), np.uint8))
         array = shelf.host.empty(nbytes, np.uint8)
-        target = memoryview(array)
+        target = array.data
         at = 0
         for part in (head, *posts):
             target[at : at + len(part)] = part
@@ -132,7 +132,7 @@ class CxlPosts(Variant):
 
     def posts(self, host: dmrpc_cxl.Host, reply: Reply) -> list[Post]:
         """See Variant."""
-        return [_POST.decode(memoryview(piece)) for piece in self.pieces(host, reply)]
+        return [_POST.decode(piece.data) for piece in self.pieces(host, reply)]
 
 
 VARIANTS: dict[str, Variant] = {kind.name: kind() for kind in (Value, Cxl, CxlPosts)}
