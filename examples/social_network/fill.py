@@ -56,7 +56,7 @@ def fill(host: dmrpc_cxl.Host, edges: list[tuple[int, int]], users: int, writer:
     followers: defaultdict[int, list[int]] = defaultdict(list)
     for who, whom in follows:
         followers[whom].append(who)
-    posts = _posts(users, writer)
+    posts = first_posts(users, writer)
     stored, own, home = [], [], []
     for post in posts:
         stored.append((post.post_id, bytes(encoded(post))))
@@ -79,7 +79,7 @@ def _store(host: dmrpc_cxl.Host, name: str, kind: type[Any], method: str, rows: 
             getattr(client, method)(batch)
 
 
-def _posts(users: int, writer: Writer) -> list[Post]:
+def first_posts(users: int, writer: Writer) -> list[Post]:
     """Make posts as compose-post would."""
     authors = [user for user in range(users) for _ in range(writer.nr_first_posts())]
     # In turn, by rounds: no user's posts are all older than another's.

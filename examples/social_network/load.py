@@ -28,8 +28,8 @@ import dmrpc_cxl
 from dmrpc_cxl.errors import DmError
 from dmrpc_cxl.rpc.endpoint import Transport
 
-from .records import Front, Kind, Reply, Request
-from .roles import LOAD_BALANCER
+from .records import Front, Kind, Reply, Request, failure_of
+from .roles import LOAD_BALANCER, PATIENCE_SECONDS
 from .variants import VARIANTS
 
 CONNECTIONS = 4
@@ -93,6 +93,7 @@ class Generator:
         host: of this process.
         variant: how lists of posts travel, a name of VARIANTS.
         timeout: seconds for a request.
+        patience: seconds to look for a load balancer that was lost.
     """
 
     def __init__(
@@ -104,12 +105,18 @@ class Generator:
         connections: int = CONNECTIONS,
         service: str = LOAD_BALANCER,
         timeout: float = 10.0,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         self.variant = VARIANTS[variant]
         self._host = host
         self._clients: list[Any] = [
             host.connect(
-                service, Front, transport=transport, transfer=self.variant.transfer, timeout=timeout
+                service,
+                Front,
+                transport=transport,
+                transfer=self.variant.transfer,
+                timeout=timeout,
+                connect_timeout=patience,
             )
             for _ in range(connections)
         ]
@@ -147,7 +154,7 @@ class Generator:
             posts = self.variant.posts(self._host, reply)
         except DmError as error:
             if tally is not None:
-                tally.errors[type(error).__name__] += 1
+                tally.errors[type(failure_of(error) or error).__name__] += 1
             return
         if tally is not None:
             took = time.perf_counter() - scheduled

@@ -15,6 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 import dmrpc_cxl
+from dmrpc_cxl.errors import (
+    Overloaded,
+    PeerLost,
+    RefConsumed,
+    RemoteError,
+    ServiceNotFound,
+    ServiceStopping,
+)
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -162,6 +170,29 @@ class Unknown(LookupError):
     """There is no such user or post."""
 
 
+class Unavailable(ConnectionError):
+    """A service that is needed cannot be reached, or died before it was done."""
+
+
+_OURS = (BadRequest, Taken, Unknown, Unavailable)
+_GONE = (PeerLost, ServiceNotFound, Overloaded, RefConsumed)  # the last: whoever had the posts died
+
+
+def _names(kinds: tuple[type[Exception], ...]) -> dict[str, type[Exception]]:
+    return {f"{kind.__module__}.{kind.__qualname__}": kind for kind in kinds}
+
+
+_BY_NAME = {**_names(_OURS), **dict.fromkeys(_names((*_GONE, ServiceStopping)), Unavailable)}
+
+
+def failure_of(error: BaseException) -> Exception | None:
+    """Return what an error of a call means here, wherever it was raised; None: nothing that is foreseen."""
+    if isinstance(error, RemoteError):
+        kind = _BY_NAME.get(error.remote_type)
+        return None if kind is None else kind(str(error))
+    return Unavailable(str(error)) if isinstance(error, _GONE) else None
+
+
 class Front:
     """The one method of the services in front, and of those behind them."""
 
@@ -169,7 +200,7 @@ class Front:
         """Carry a request out.
 
         Raises:
-            BadRequest, Taken, Unknown: as RemoteError to the caller.
+            BadRequest, Taken, Unknown, Unavailable: to the caller as RemoteError, also of the built-in type.
         """
         raise NotImplementedError
 

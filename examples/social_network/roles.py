@@ -47,6 +47,7 @@ CALLS = {
 }  # fmt: skip
 """Which service calls which; what is called stands behind who calls it in service_names()."""
 THREADS = 8
+PATIENCE_SECONDS = 2.0
 
 
 def service_names() -> tuple[str, ...]:
@@ -120,7 +121,9 @@ class _Starting:
         transport: Transport,
         stores: Stores,
         http: dict[str, Any] | None,
+        patience: float,
     ) -> None:
+        self._patience = patience
         self._http = http
         self._host = host
         self._process = process
@@ -128,13 +131,16 @@ class _Starting:
         self._stores = stores
 
     def _client(self, name: str, kind: type[Any]) -> Any:
-        return self._host.connect(name, kind, transport=self._transport)
+        return self._host.connect(
+            name, kind, transport=self._transport, connect_timeout=self._patience
+        )
 
     def _posts(self) -> dict[str, Any]:
         client = self._host.connect(
             POST_STORAGE,
             storage.PostStorage,
             transport=self._transport,
+            connect_timeout=self._patience,
             threshold=threshold_of(self._host),
         )
         return {
@@ -170,7 +176,8 @@ class _Starting:
         if name == LOAD_BALANCER and self._http is not None:
             from .web import Web  # which needs a package more
 
-            web = Web(self._host, transport=self._transport, **self._http)
+            how = {"transport": self._transport, "patience": self._patience, **self._http}
+            web = Web(self._host, **how)
             self._process.http_port = web.port
             self._process.at_end(web.stop)
 
@@ -220,6 +227,7 @@ def start(
     stores: Stores | None = None,
     transport: Transport = "auto",
     http: dict[str, Any] | None = None,
+    patience: float = PATIENCE_SECONDS,
 ) -> Process:
     """Start the services of a process; those that they call elsewhere must run.
 
@@ -227,6 +235,7 @@ def start(
         stores: where they keep things, closed when the process ends; None: in memory.
         transport: of their connections.
         http: of the load balancer: options of web.Web; None: no HTTP.
+        patience: seconds to look for a service that was lost, before a request fails.
 
     Raises:
         ValueError: there is no such service.
@@ -235,7 +244,7 @@ def start(
     made = Process()
     stores = stores or Stores()
     made.at_end(stores.close)
-    starting = _Starting(host, made, transport, stores, http)
+    starting = _Starting(host, made, transport, stores, http, patience)
     try:
         for name in reversed(services_in(process)):
             starting.start(name)

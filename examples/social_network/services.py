@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dmrpc_cxl.errors import DmError
 from dmrpc_cxl.rpc import Passing
 
 from ..serving.running import Counting
@@ -32,6 +33,7 @@ from .records import (
     UserMention,
     decoded,
     encoded,
+    failure_of,
 )
 from .storage import HomeTimeline, PostStorage, UserService, UserTimeline, variant_of
 from .text import mentions_in, urls_in, with_urls
@@ -64,8 +66,14 @@ class Entrance(Front):
         self._carry_out = carry_out
 
     def handle(self, request: Request) -> Reply:
-        """See Front."""
-        return self._carry_out(request)
+        """See Front; what went wrong further behind is raised as if it had happened here."""
+        try:
+            return self._carry_out(request)
+        except DmError as error:
+            failure = failure_of(error)
+            if failure is None:
+                raise
+        raise failure
 
 
 class UniqueId:

@@ -27,15 +27,7 @@ import msgspec
 from aiohttp import web
 
 import dmrpc_cxl
-from dmrpc_cxl.errors import (
-    DeadlineExceeded,
-    DmError,
-    Overloaded,
-    PeerLost,
-    RemoteError,
-    ServiceNotFound,
-    WrongArguments,
-)
+from dmrpc_cxl.errors import DeadlineExceeded, DmError, WrongArguments
 from dmrpc_cxl.rpc.endpoint import Transport
 
 from .records import (
@@ -50,30 +42,27 @@ from .records import (
     Reply,
     Request,
     Taken,
+    Unavailable,
     Unknown,
     encoded,
+    failure_of,
 )
-from .roles import PROXY
+from .roles import PATIENCE_SECONDS, PROXY
 from .variants import VARIANTS
 
 PORT = 8080
 MAX_BODY = 1 << 20
 _I64 = 1 << 63
-_STATUS = {
-    f"{kind.__module__}.{kind.__qualname__}": status
-    for kind, status in ((BadRequest, 400), (Unknown, 404), (Taken, 409))
-}
+_STATUS: dict[type[Exception], int] = {BadRequest: 400, Unknown: 404, Taken: 409, Unavailable: 503}
 
 
 def status_of(error: DmError) -> int:
     """Return what HTTP calls the error of a call."""
-    if isinstance(error, RemoteError):
-        return _STATUS.get(error.remote_type, 500)
     if isinstance(error, WrongArguments):
         return 400
     if isinstance(error, DeadlineExceeded):
         return 504
-    return 503 if isinstance(error, PeerLost | ServiceNotFound | Overloaded) else 500
+    return _STATUS.get(type(failure_of(error)), 500)
 
 
 def json_of(posts: list[Post]) -> bytes:
@@ -189,6 +178,7 @@ class Web:
         port: 0: any; `port` says which.
         backend: which service to call.
         timeout: seconds for a request.
+        patience: seconds to look for a backend that was lost.
 
     Raises:
         OSError: the port is taken.
@@ -205,11 +195,17 @@ class Web:
         backend: str = PROXY,
         transport: Transport = "auto",
         timeout: float = 10.0,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         self._host = host
         self._variant = VARIANTS[variant]
         self._client: Any = host.connect(
-            backend, Front, transport=transport, transfer=self._variant.transfer, timeout=timeout
+            backend,
+            Front,
+            transport=transport,
+            transfer=self._variant.transfer,
+            timeout=timeout,
+            connect_timeout=patience,
         )
         self._numbers = itertools.count(1)
         self.port = 0
