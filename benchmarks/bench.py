@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import (
+    crash_points,
     crash_recovery,
     crash_survivors,
     fabric_attach,
@@ -45,6 +46,7 @@ EXPERIMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "host-killed": crash_survivors.survivors,
     "coordinator-killed": crash_recovery.coordinator_killed,
     "scrubbing": crash_recovery.scrubbing,
+    "crash-points": crash_points.cost,
     "net-redis": net_redis.against_redis,
     "net-create-ref": net_create_ref.create_ref,
     "net-translation": net_translation.translation,

@@ -49,6 +49,13 @@ class Directory:
             self._names.publish(name, json.loads(entry["endpoint"]), entry["host"])
             self._entries[name] = place
 
+    def forget_strays(self) -> None:
+        """Remove what stands in the table and is not known here: written by a predecessor that went on after a pause."""
+        known = set(self._entries.values())
+        for entry in self._device.services():
+            if (entry["slot"], entry["serial"]) not in known:
+                self._device.withdraw(entry["slot"], entry["serial"])
+
     def publish(self, name: str, endpoint: Any, host: int, incarnation: int) -> None:
         """Announce that `host` offers `name`.
 

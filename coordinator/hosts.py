@@ -121,6 +121,11 @@ class Hosts:
         self.nr_reclaims = 0
         self.predecessor: tuple[int, int] | None = None
         """Pid and start time of a coordinator that was replaced, and may go on after a pause."""
+        self.left_changing: tuple[int, bool] = 0, False
+        """What that one was in the midst of: the entry that it may still bring to life, whether it may change names."""
+        self.names_settled = asyncio.Event()
+        """Nobody else changes the service table."""
+        self._clearing: asyncio.Task[None] | None = None
         self._left_dead: set[int] = set()
         self.when_replaced: Callable[[], None] = lambda: None
         self.when_reclaimed: Callable[[], None] = lambda: None
@@ -209,7 +214,39 @@ class Hosts:
         )
         retirements = [self._retire(host, "was gone when the coordinator started") for host in dead]
         if self.predecessor is None:
+            self.names_settled.set()
             await asyncio.gather(*retirements)
+        else:
+            self._stay_out_of_its_way()
+
+    def _stay_out_of_its_way(self) -> None:
+        """Leave alone what a predecessor may still be writing, until it is gone."""
+        slot, names = self.left_changing
+        if slot in self._hosts:  # it has written the last of it, or died of that before
+            slot = 0
+        if slot:
+            self._ledger.reserve(slot)
+        if not names:
+            self.names_settled.set()
+        if slot or names:
+            self._clearing = self._loop.create_task(self._clear_up(slot, names))
+
+    async def _clear_up(self, slot: int, names: bool) -> None:
+        """Undo what a predecessor has done since it was replaced: nobody was told of it."""
+        await self._predecessor_ended()
+        try:
+            if names:
+                self._directory.forget_strays()
+            if slot:
+                self._device.set_host_state(slot, ACTIVE, DEAD)
+                await self._loop.run_in_executor(self._behind, self._device.reclaim_host, slot)
+                self._device.set_host_state(slot, DEAD, FREE)
+                self._ledger.release(slot)
+        except CoordinatorReplaced:
+            self.when_replaced()
+        finally:
+            self.names_settled.set()
+            self._changes.announce()
 
     async def register(self, connection: Connection, ask: Register) -> Registered:
         """Give a host a slot; the same token gets the same answer again.
@@ -453,6 +490,8 @@ class Hosts:
 
     async def close(self, seconds: float) -> bool:
         """Stop watching, and finish the reclaims under way. False: they do not end in that time."""
+        if self._clearing is not None:
+            self._clearing.cancel()
         for host in [*self, *self._lingering]:
             if host.process is not None:  # who dies from now on is the next coordinator's
                 self._loop.remove_reader(host.process.pidfd)

@@ -155,6 +155,10 @@ class Ledger:
         self.hosts[host] = account
         return account
 
+    def reserve(self, host: int) -> None:
+        """Give a free slot to nobody until `release`."""
+        self.hosts[host] = HostAccount(host, 0, "", self.negotiate(), alive=False)
+
     def account(self, host: int, incarnation: int) -> HostAccount:
         """Return the account of a live host.
 

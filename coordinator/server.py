@@ -210,8 +210,10 @@ class Server:
         self._changes = changes
         self._service = Service(parts, self.stop, self.give_way)
         self._hosts.when_replaced = self.give_way
-        if settings.take_over and before["coordinator_pid"]:
-            self._hosts.predecessor = before["coordinator_pid"], before["coordinator_start_time"]
+        predecessor = before["coordinator_pid"], before["coordinator_start_time"]
+        if settings.take_over and predecessor[0] and is_alive(*predecessor):
+            self._hosts.predecessor = predecessor
+            self._hosts.left_changing = device.changing()
 
     @property
     def where(self) -> str:

@@ -15,7 +15,7 @@ from dmrpc_cxl.errors import DmError, RemoteProtocolError
 
 from .connection import Connection
 from .directory import Directory
-from .hosts import Hosts
+from .hosts import Hosts, LiveHost
 from .ledger import Ledger, Run
 from .messages import Grant, Hello, HelloReply, MsgType, Register, Registered, Rejoin, Status
 from .names import check_name
@@ -102,7 +102,11 @@ class Service:
         try:
             if request.type in NEEDS_HOST:
                 self._parts.hosts.of(connection)  # refuses
-            return await self._answers[request.type](connection, request.body)
+            answer = await self._answers[request.type](connection, request.body)
+            if self._replaced():
+                # Our successor knows nothing of it, or has done it itself. It will be asked again.
+                raise self._hang_up(connection)
+            return answer
         except DmError as error:
             # Meanwhile: the successor may know better. Those who WAIT are tools, and want to be told.
             if (self._replaced() or self.stopping) and request.type is not MsgType.WAIT:
@@ -164,13 +168,21 @@ class Service:
             raise RemoteProtocolError(
                 f"an endpoint is a JSON value of at most {MAX_ENDPOINT_BYTES} bytes"
             )
-        host = self._parts.hosts.of(connection)
+        host = await self._for_names(connection)
         self._parts.directory.publish(name, endpoint, host.account.host, host.account.incarnation)
         self._parts.changes.announce()
         return {}
 
+    async def _for_names(self, connection: Connection) -> LiveHost:
+        """Return whose connection it is, once names may be changed: see Hosts.names_settled."""
+        while not self._parts.hosts.names_settled.is_set():
+            if self.stopping or connection.gone.is_set():
+                raise self._hang_up(connection)
+            await self._parts.changes.next(connection, MAX_WAIT_SECONDS)
+        return self._parts.hosts.of(connection)
+
     async def _withdraw(self, connection: Connection, ask: dict[str, Any]) -> dict[str, Any]:
-        host = self._parts.hosts.of(connection)
+        host = await self._for_names(connection)
         self._parts.directory.withdraw(check_name(ask.get("name")), host.account.host)
         return {}
 

@@ -12,6 +12,7 @@ cdef extern from "csrc/crash.h" nogil:
     bint DM_CRASH_IS_ARMED
     void dm_crash_pass(int label) noexcept
     int dm_crash_arm(int label, uint64_t passes, const char *record) noexcept
+    int dm_crash_stop_at(int label, uint64_t passes) noexcept
 
 CRASH_POINTS = {dm_crash_labels[i].name.decode(): dm_crash_labels[i].text.decode() for i in range(1, DM_CRASH_NR)}
 CRASH_RECORD_BYTES = DM_CRASH_RECORD_BYTES
@@ -44,6 +45,19 @@ def crash_at(str label, uint64_t passes=1, record=None):
     failed = dm_crash_arm(_crash_numbers[label], passes, c_path)
     if failed:
         raise _errors.SystemCallFailed(failed, f"crash_at {label}: {_os.strerror(failed)}")
+
+
+def crash_stop_at(str label, uint64_t passes=1):
+    """Let this process stop itself, as by SIGSTOP, at the passes-th time it comes to a label from now on; once.
+
+    It has to be armed as well, by crash_at.
+
+    Raises:
+        KeyError: there is no such label.
+    """
+    cdef int failed = dm_crash_stop_at(_crash_numbers[label], passes)
+    if failed:
+        raise _errors.SystemCallFailed(failed, f"crash_stop_at {label}: {_os.strerror(failed)}")
 
 
 def crash_record(data):

@@ -500,6 +500,18 @@ cdef class Device:
         self.check_open("stop_coordinator")
         return bool(dm_device_stop_coordinator(&self.dev, epoch))
 
+    def changing(self):
+        """Return what the coordinator before the one of fence_epoch was in the midst of when that one began.
+
+        (host entry that it may still bring to life, or 0; whether it may still change the service table). Both count only
+        as long as its process exists.
+        """
+        cdef uint32_t host = 0
+        cdef dm_bool services = False
+        self.check_open("changing")
+        dm_device_changing(&self.dev, &host, &services)
+        return host, bool(services)
+
     @property
     def fence_epoch(self):
         """The coordinators' epoch that every change through this object depends on; 0: none."""

@@ -311,6 +311,8 @@ cdef extern from "csrc/device.h" nogil:
         char tcp_host[64]
         char unix_path[108]
 
+    void dm_device_changing(const dm_device *dev, uint32_t *host, dm_bool *services) noexcept
+
     cdef struct dm_host_identity:
         uint32_t pid
         uint32_t frame_limit

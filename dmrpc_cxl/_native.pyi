@@ -98,6 +98,9 @@ class Device:
     def stop_coordinator(self, epoch: int) -> bool:
         """Take it out; False, and nothing changed, when a later coordinator has taken over."""
 
+    def changing(self) -> tuple[int, bool]:
+        """Return the host entry, or 0, and whether the service table, that a predecessor was changing."""
+
     @property
     def fence_epoch(self) -> int:
         """The epoch that every change through this object depends on; 0: none. May be set."""
@@ -571,6 +574,12 @@ def crash_point(label: str) -> None:
 
 def crash_at(label: str, passes: int = 1, record: str | None = None) -> None:
     """Let this process kill itself at the passes-th time it comes to a label; "none": only count.
+
+    Raises KeyError: no such label.
+    """
+
+def crash_stop_at(label: str, passes: int = 1) -> None:
+    """Let this process, if it is armed, stop itself at the passes-th time it comes to a label.
 
     Raises KeyError: no such label.
     """

@@ -13,9 +13,10 @@
  * Those of loops over pages are passed once for each page.
  *
  * What is a step: one store to a frame word, a page-table entry, the state or the chain of a Ref, the operation and the
- * progress of an intent record, the state of a host or a service, the coordinator in the superblock. tests/c/
- * test_crash_points.c watches the stores of every operation, and fails if two of these have no label between them. All
- * else that is written (a Ref's other fields, an intent's, counters) counts only once one of these stores says so.
+ * progress of an intent record, the progress of recovery, the state of a host or a service, the coordinator in the
+ * superblock. tests/c/test_crash_points.c watches the stores of every operation, and fails if two of these have no label
+ * between them. All else that is written (a Ref's other fields, an intent's, counters) counts only once one of these
+ * stores says so.
  */
 #ifndef DM_CRASH_H
 #define DM_CRASH_H
@@ -155,11 +156,12 @@
     X(recover_counted_down, "a count was dropped")                                                 \
     X(recover_reclaimed, "a frame that it owned is the pool's")                                    \
     X(recover_told_home, "the home of frames that it was handing over can see where to look")      \
-    X(recover_drop_begun, "intent to drop a Ref written in its stead")                             \
+    X(recover_drop_begun, "it is written which Ref is being dropped")                              \
     X(recover_claimed, "a Ref that it held is claimed to be dropped")                              \
     X(recover_unlinked, "an overflow frame is unlinked, its count not dropped")                    \
     X(recover_ref_freed, "a Ref entry is free")                                                    \
-    X(recover_drop_ended, "a Ref is dropped, the intent gone")                                     \
+    X(recover_drop_ended, "a Ref is dropped, and no other one begun")                              \
+    X(recover_op_settled, "the intent is gone")                                                    \
     X(recover_pte_undone, "an entry of an interrupted operation is empty")                         \
     X(recover_pte_cleared, "an entry of its page table is empty, its count dropped next")          \
     X(recover_intent_done, "its intent is settled")                                                \
@@ -223,15 +225,32 @@ extern bool dm_crash_armed __attribute__((visibility("hidden")));
 #else
 #define DM_CRASH_IS_ARMED __builtin_expect(dm_crash_armed, 0)
 #endif
+/*
+ * A call that is never made makes the code around it slower all the same: what lives across it has to be kept in registers
+ * that calls preserve. So this one preserves all, where we know how. 128: the red zone, where leaf functions keep things.
+ */
+#if defined(__x86_64__)
+#define DM_CRASH_CALL(label)                                                                       \
+    __asm__ volatile("leaq -128(%%rsp), %%rsp\n\t"                                                 \
+                     "pushq %0\n\t"                                                                \
+                     "call dm_crash_pass_preserving\n\t"                                           \
+                     "leaq 136(%%rsp), %%rsp"                                                      \
+                     :                                                                             \
+                     : "i"((long)(label))                                                          \
+                     : "memory", "cc")
+#else
+#define DM_CRASH_CALL(label) dm_crash_pass(label)
+#endif
 #define DM_CRASH_POINT(label)                                                                      \
     do {                                                                                           \
         if (DM_CRASH_IS_ARMED)                                                                     \
-            dm_crash_pass(DM_CRASH_##label);                                                       \
+            DM_CRASH_CALL(DM_CRASH_##label);                                                       \
     } while (0)
 
-void dm_crash_pass(int label) __attribute__((cold));
+void dm_crash_pass(int label) __attribute__((cold, visibility("hidden"), used));
 int dm_crash_label(const char *name);
 int dm_crash_arm(int label, uint64_t pass, const char *record);
+int dm_crash_stop_at(int label, uint64_t pass);
 void dm_crash_read_environment(void);
 
 #endif

@@ -89,6 +89,13 @@ static inline bool dm_device_fenced(const struct dm_device *dev) {
            __atomic_load_n(&dev->sb->coordinator_epoch, __ATOMIC_ACQUIRE) != dev->fence_epoch;
 }
 
+/* Of what a coordinator is in the midst of: the epoch in the upper bits, see dm_device_begin_change. */
+#define DM_MARK_SHIFT 16
+int dm_device_begin_change(struct dm_device *dev, uint64_t *mark, uint32_t what,
+                           struct dm_error *err);
+void dm_device_end_change(struct dm_device *dev, uint64_t *mark, uint32_t what);
+void dm_device_changing(const struct dm_device *dev, uint32_t *host, bool *services);
+
 int dm_device_start_coordinator(struct dm_device *dev, struct dm_coordinator *who,
                                 struct dm_error *err);
 bool dm_device_stop_coordinator(struct dm_device *dev, uint64_t epoch);

@@ -166,6 +166,45 @@ void dm_device_coordinator(const struct dm_device *dev, struct dm_coordinator *o
     out->epoch = __atomic_load_n(&sb->coordinator_epoch, __ATOMIC_ACQUIRE);
 }
 
+/*
+ * Where a change takes several stores, a coordinator that was stopped between two of them and replaced would make the rest
+ * in what its successor uses by then. So it says beforehand what it is about to change, and looks once more whether it was
+ * replaced: either it sees the new epoch, or its successor, which raises the epoch and then looks here, sees what is not
+ * to be touched before the other one is gone. Returns DM_OK or DM_ERR_REPLACED, and then nothing may be changed.
+ */
+int dm_device_begin_change(struct dm_device *dev, uint64_t *mark, uint32_t what,
+                           struct dm_error *err) {
+    uint64_t mine = dev->fence_epoch << DM_MARK_SHIFT | what;
+    uint64_t there = __atomic_load_n(mark, __ATOMIC_RELAXED);
+    do {
+        if (dev->fence_epoch && there >> DM_MARK_SHIFT > dev->fence_epoch) /* a successor's */
+            return dm_device_check_writable(dev, err);
+    } while (!__atomic_compare_exchange_n(mark, &there, mine, false, __ATOMIC_SEQ_CST,
+                                          __ATOMIC_RELAXED));
+    __atomic_thread_fence(__ATOMIC_SEQ_CST); /* pairs with the one in dm_device_changing */
+    int status = dm_device_check_writable(dev, err);
+    if (status != DM_OK)
+        dm_device_end_change(dev, mark, what);
+    return status;
+}
+
+/* By compare-and-swap: the mark may be a successor's by now. */
+void dm_device_end_change(struct dm_device *dev, uint64_t *mark, uint32_t what) {
+    uint64_t mine = dev->fence_epoch << DM_MARK_SHIFT | what;
+    (void)__atomic_compare_exchange_n(mark, &mine, 0, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
+/* What the coordinator before this one was in the midst of when this one's epoch began: the host entry that it may still
+ * bring to life, 0 for none, and whether it may still change the service table. */
+void dm_device_changing(const struct dm_device *dev, uint32_t *host, bool *services) {
+    const uint64_t mask = (1u << DM_MARK_SHIFT) - 1;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    uint64_t one = __atomic_load_n(&dev->sb->changing_host, __ATOMIC_SEQ_CST);
+    uint64_t other = __atomic_load_n(&dev->sb->changing_services, __ATOMIC_SEQ_CST);
+    *host = one && one >> DM_MARK_SHIFT != dev->fence_epoch ? (uint32_t)(one & mask) : 0;
+    *services = other && other >> DM_MARK_SHIFT != dev->fence_epoch;
+}
+
 /* ---------------------------------------------------------------- hosts and Refs */
 
 const struct dm_counter_info dm_device_counters[DM_NR_COUNTERS] = {
@@ -226,27 +265,11 @@ static int prepare_page_table(struct dm_device *dev, uint32_t host, struct dm_er
     return status;
 }
 
-/*
- * Bring host entry `host`, which is FREE, to life: empty its page table, intent, gauges and counters, enter who it is, and
- * make it ACTIVE, last. Returns DM_OK, DM_ERR_BAD_SIZE, DM_ERR_BUSY (not FREE), DM_ERR_DEVICE_FULL or DM_ERR_SYSTEM;
- * after a failure the entry is FREE as before.
- * Context: the coordinator; it alone takes entries out of FREE.
- */
-int dm_device_activate_host(struct dm_device *dev, uint32_t host,
-                            const struct dm_host_identity *who, struct dm_error *err) {
-    struct timespec now;
-    int status = dm_device_check_writable(dev, err);
-    if (status == DM_OK)
-        status = check_host(dev, host, err);
-    if (status != DM_OK)
-        return status;
+static int fill_in_host(struct dm_device *dev, uint32_t host, const struct dm_host_identity *who,
+                        struct dm_error *err) {
     struct dm_host_entry *entry = dev->hosts + host - 1;
-    uint32_t state = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
-    if (state != DM_HOST_FREE)
-        return dm_device_fail(err, DM_ERR_BUSY, "host entry %u is in state %u, not free", host,
-                              state);
-
-    status = prepare_page_table(dev, host, err);
+    struct timespec now;
+    int status = prepare_page_table(dev, host, err);
     if (status != DM_OK)
         return status;
     DM_CRASH_POINT(host_cleared);
@@ -260,9 +283,40 @@ int dm_device_activate_host(struct dm_device *dev, uint32_t host,
     memcpy(entry->name, who->name, strnlen(who->name, sizeof entry->name - 1));
     /* Release: whoever sees ACTIVE sees the entry and the empty page table. */
     DM_CRASH_POINT(host_entered);
+    status = dm_device_check_writable(
+        dev, err); /* once more: nobody goes by what was stored before this */
+    if (status != DM_OK)
+        return status;
     __atomic_store_n(&entry->state, DM_HOST_ACTIVE, __ATOMIC_RELEASE);
     DM_CRASH_POINT(host_active);
     return DM_OK;
+}
+
+/*
+ * Bring host entry `host`, which is FREE, to life: empty its page table, intent, gauges and counters, enter who it is, and
+ * make it ACTIVE, last. Returns DM_OK, DM_ERR_BAD_SIZE, DM_ERR_BUSY (not FREE), DM_ERR_DEVICE_FULL or DM_ERR_SYSTEM;
+ * after a failure the entry is FREE as before.
+ * Context: the coordinator; it alone takes entries out of FREE.
+ */
+int dm_device_activate_host(struct dm_device *dev, uint32_t host,
+                            const struct dm_host_identity *who, struct dm_error *err) {
+    int status = dm_device_check_writable(dev, err);
+    if (status == DM_OK)
+        status = check_host(dev, host, err);
+    if (status != DM_OK)
+        return status;
+    struct dm_host_entry *entry = dev->hosts + host - 1;
+    uint32_t state = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
+    if (state != DM_HOST_FREE)
+        return dm_device_fail(err, DM_ERR_BUSY, "host entry %u is in state %u, not free", host,
+                              state);
+
+    status = dm_device_begin_change(dev, &dev->sb->changing_host, host, err);
+    if (status != DM_OK)
+        return status;
+    status = fill_in_host(dev, host, who, err);
+    dm_device_end_change(dev, &dev->sb->changing_host, host);
+    return status;
 }
 
 /*

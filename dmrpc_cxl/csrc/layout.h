@@ -69,6 +69,9 @@ struct dm_superblock {
     char tcp_host[64];
     char unix_path[108]; /* empty: not listening */
     uint32_t reserved;
+    /* What it is in the midst of that takes several stores, epoch << 16 | what; 0: nothing. See dm_device_begin_change. */
+    uint64_t changing_host;     /* what: the entry that it brings to life */
+    uint64_t changing_services; /* what: 1 */
 };
 
 /* ---------------------------------------------------------------- hosts */
@@ -182,7 +185,8 @@ struct dm_host_entry {
     uint64_t
         activity; /* odd while a thread of the host is inside an operation; +1 at each end of one */
     struct dm_intent intent; /* its own cache lines */
-    uint8_t pad1[64];
+    uint64_t dropping; /* recovery: Ref entry + 1 in the upper half, pages dropped of it; 0: none */
+    uint8_t pad1[56];
     char name[DM_NAME_BYTES];
     struct dm_homecoming homecoming; /* its own cache lines: others write them */
     uint64_t counters[DM_COUNTER_SLOTS];

@@ -5,8 +5,13 @@
  * others accept at this moment (a compare-and-swap decides) and frame words that others hold too (atomics).
  *
  * The steps may be repeated after a crash of the coordinator at any instruction: each either is idempotent or leaves its
- * progress in the dead host's intent record. Where one word cannot tell whether a count was dropped, it is
+ * progress in the dead host's entry. Where one word cannot tell whether a count was dropped, it is
  * taken as dropped: a frame with a count too many is found by the scrubber, one too few would be handed out twice.
+ *
+ * Two may be at it: a coordinator that was stopped anywhere, replaced, and goes on, and its successor. Each asks right before
+ * each store whether it was replaced, but may be stopped just behind the answer. So a count is dropped by whoever moves
+ * the progress on, by compare-and-swap from what it was; and an entry is freed by compare-and-swap from the word that made it
+ * the dead host's. What is stored blindly (an empty page-table entry, the end of an intent) is what the other one stores, too.
  *
  *   1. the interrupted operation (one case an intent)
  *   2. Refs the host held
@@ -82,11 +87,17 @@ static void reclaim(struct recovery *r, uint32_t pfn) {
     }
 }
 
-static void progress(struct recovery *r, uint64_t value) {
-    if (fenced(r))
-        return;
-    __atomic_store_n(&r->intent->progress, value, __ATOMIC_RELEASE);
+static uint64_t progress(const struct recovery *r) {
+    return __atomic_load_n(&r->intent->progress, __ATOMIC_ACQUIRE);
+}
+
+/* Take a step. False: somebody else has, or this coordinator was replaced. */
+static bool step(struct recovery *r, uint64_t *word, uint64_t from, uint64_t to) {
+    if (fenced(r) ||
+        !__atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return false;
     DM_CRASH_POINT(recover_progress);
+    return true;
 }
 
 /* ---------------------------------------------------------------- Refs */
@@ -123,59 +134,106 @@ static void free_overflow(struct recovery *r, struct dm_ref_entry *entry) {
     }
 }
 
-/* By compare-and-swap: a successor may have done it, and somebody may use the entry again. */
-static void make_free(struct dm_ref_entry *entry) {
-    uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_RELAXED);
+/* From the word that says whose it is: a successor may have done it, and somebody may use the entry again. */
+static void make_free(struct dm_ref_entry *entry, uint64_t word) {
     if (__atomic_compare_exchange_n(&entry->state, &word,
                                     dm_ref_pack(DM_REF_FREE, 0, 0, dm_ref_gen(word) + 1), false,
                                     __ATOMIC_RELEASE, __ATOMIC_RELAXED))
         DM_CRASH_POINT(recover_ref_freed);
 }
 
-static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
-    const struct dm_ref_entry *entry = &r->dev->refs[index];
-    struct dm_runs runs;
-    if (runs_of(r, entry, &runs))
-        return -1;
-    r->intent->ref = index;
-    r->intent->page = 0;
-    r->intent->nr = entry->nr_pages;
-    progress(r, done);
-    __atomic_store_n(&r->intent->op, DM_INTENT_DROP, __ATOMIC_RELEASE);
-    DM_CRASH_POINT(recover_drop_begun);
-    uint64_t at = 0;
-    for (uint32_t i = 0; i < runs.nr; i++)
-        for (uint32_t k = 0; k < runs.list[i].count; k++)
-            if (at++ >= done) {
-                progress(r, at);
-                if (runs.list[i].pfn != DM_NO_FRAME)
-                    count_down(r, runs.list[i].pfn + k);
-            }
-    dm_runs_free(&runs);
-    return 0;
+static uint64_t dropping(uint32_t index, uint64_t done) {
+    return (uint64_t)(index + 1) << 32 | done;
 }
 
-/* Drop the counts of a Ref in state DROPPING, from frame `done` on; its progress is kept as for a living host. */
+static uint64_t now_dropping(const struct recovery *r) {
+    return __atomic_load_n(&r->entry->dropping, __ATOMIC_ACQUIRE);
+}
+
+/* No Ref is being dropped any more. After the one that was: until then a repetition goes on with it. */
+static void end_drop(struct recovery *r) {
+    uint64_t word = now_dropping(r);
+    if (word && !fenced(r) && !r->no_memory &&
+        __atomic_compare_exchange_n(&r->entry->dropping, &word, 0, false, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_RELAXED))
+        DM_CRASH_POINT(recover_drop_ended);
+}
+
+static void finish_drop(struct recovery *r, uint32_t index, uint64_t done);
+
+/* Go on with what somebody has begun: who died of it, or was replaced and made one store too many. */
+static void finish_begun_drop(struct recovery *r) {
+    uint64_t begun = now_dropping(r);
+    if (begun && begun >> 32 <= r->dev->geo.max_refs)
+        finish_drop(r, (uint32_t)(begun >> 32) - 1, 0);
+    end_drop(r);
+}
+
+/* Write down that this Ref is being dropped, from page `done` on. False: this coordinator was replaced. */
+static bool begin_drop(struct recovery *r, uint32_t index, uint64_t done) {
+    while (!fenced(r) && !r->no_memory) {
+        uint64_t word = now_dropping(r);
+        if (word >> 32 == (uint64_t)index + 1)
+            return true;
+        if (word) {
+            finish_begun_drop(r);
+        } else if (__atomic_compare_exchange_n(&r->entry->dropping, &word, dropping(index, done),
+                                               false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+            DM_CRASH_POINT(recover_drop_begun);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Drop the counts of a Ref from page `done` on. DM_OK; DM_ERR_CORRUPT; otherwise there is no going on now. */
+static int drop_counts(struct recovery *r, uint32_t index, uint64_t done) {
+    struct dm_runs runs;
+    int s = runs_of(r, &r->dev->refs[index], &runs);
+    if (s)
+        return s;
+    if (!begin_drop(r, index, done))
+        s = r->no_memory ? DM_ERR_NO_MEMORY : DM_ERR_REPLACED;
+    uint64_t at = 0;
+    for (uint32_t i = 0; !s && i < runs.nr; i++)
+        for (uint32_t k = 0; k < runs.list[i].count; k++, at++)
+            if (now_dropping(r) == dropping(index, at) &&
+                step(r, &r->entry->dropping, dropping(index, at), dropping(index, at + 1)) &&
+                runs.list[i].pfn != DM_NO_FRAME)
+                count_down(r, runs.list[i].pfn + k);
+    dm_runs_free(&runs);
+    return s;
+}
+
+/* Drop the counts of a Ref in state DROPPING that the dead host holds, from page `done` on, and free it. */
 static void finish_drop(struct recovery *r, uint32_t index, uint64_t done) {
     struct dm_ref_entry *entry = &r->dev->refs[index];
-    if (done < entry->nr_pages && drop_counts(r, index, done)) {
-        if (!r->no_memory) /* damaged: nobody's from now on, lest a later host of this id be taken for its holder */
-            __atomic_store_n(&entry->state,
-                             dm_ref_pack(DM_REF_DROPPING, 0, 0, dm_ref_gen(entry->state)),
-                             __ATOMIC_RELEASE);
+    uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE), begun = now_dropping(r);
+    if (dm_ref_state(word) != DM_REF_DROPPING || dm_ref_holder(word) != r->host)
         return;
-    }
-    if (fenced(r))
+    if (begun >> 32 == (uint64_t)index + 1)
+        done = (uint32_t)begun;
+    int s = done < entry->nr_pages ? drop_counts(r, index, done) : DM_OK;
+    if (s == DM_ERR_CORRUPT &&
+        !fenced(r)) /* nobody's: a later host of this id must not be taken for its holder */
+        (void)__atomic_compare_exchange_n(&entry->state, &word,
+                                          dm_ref_pack(DM_REF_DROPPING, 0, 0, dm_ref_gen(word)),
+                                          false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    if (s || fenced(r))
         return;
-    /* From here on the list of runs may be incomplete, and is not needed: progress says so. */
+    /* From here on the list of runs may be incomplete, and is not needed: the word says so. */
     free_overflow(r, entry);
-    make_free(entry);
-    __atomic_store_n(&r->intent->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
-    DM_CRASH_POINT(recover_drop_ended);
+    make_free(entry, word);
     r->out->refs_dropped++;
 }
 
+static void drop(struct recovery *r, uint32_t index, uint64_t done) {
+    finish_drop(r, index, done);
+    end_drop(r);
+}
+
 static void drop_held_refs(struct recovery *r) {
+    finish_begun_drop(r);
     for (uint32_t i = 0; i < r->dev->geo.max_refs && !r->no_memory && !fenced(r); i++) {
         struct dm_ref_entry *entry = &r->dev->refs[i];
         uint64_t word = __atomic_load_n(&entry->state, __ATOMIC_ACQUIRE);
@@ -184,7 +242,7 @@ static void drop_held_refs(struct recovery *r) {
         switch (dm_ref_state(word)) {
         case DM_REF_BUILDING:
             free_overflow(r, entry);
-            make_free(entry);
+            make_free(entry, word);
             break;
         case DM_REF_LIVE:
         case DM_REF_MAPPING:
@@ -195,13 +253,13 @@ static void drop_held_refs(struct recovery *r) {
                     dm_ref_pack(DM_REF_DROPPING, 0, r->host, dm_ref_gen(word)), false,
                     __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
                 DM_CRASH_POINT(recover_claimed);
-                finish_drop(r, i, 0);
+                drop(r, i, 0);
             }
             break;
         case DM_REF_DROPPING:
             /* Claimed, and the intent not written yet: no count was dropped. */
             if (!r->damaged)
-                finish_drop(r, i, 0);
+                drop(r, i, 0);
             break;
         default:
             break;
@@ -225,11 +283,9 @@ static void clear_ptes(struct recovery *r) {
 
 /* Counts that were taken for a Ref which never became live: the first `progress` of the mapping's pages. */
 static void undo_share(struct recovery *r) {
-    while (r->intent->progress > 0) {
-        uint64_t i = r->intent->progress - 1;
-        progress(r, i);
-        uint32_t pte = r->pt[r->intent->page + i];
-        if (pte & DM_PTE_PRESENT)
+    for (uint64_t left; (left = progress(r)) > 0 && !fenced(r);) {
+        uint32_t pte = r->pt[r->intent->page + left - 1];
+        if (step(r, &r->intent->progress, left, left - 1) && pte & DM_PTE_PRESENT)
             count_down(r, pte & DM_PTE_PFN);
     }
 }
@@ -241,10 +297,8 @@ static void undo_clone(struct recovery *r) {
     uint64_t at = r->dev->refs[r->intent->ref].nr_pages;
     for (uint32_t i = runs.nr; i-- > 0;)
         for (uint32_t k = runs.list[i].count; k-- > 0;) {
-            if (--at >= r->intent->progress)
-                continue;
-            progress(r, at);
-            if (runs.list[i].pfn != DM_NO_FRAME)
+            if (--at < progress(r) && step(r, &r->intent->progress, at + 1, at) &&
+                runs.list[i].pfn != DM_NO_FRAME)
                 count_down(r, runs.list[i].pfn + k);
         }
     dm_runs_free(&runs);
@@ -258,22 +312,21 @@ static void settle_new_frames(struct recovery *r, bool copied) {
         bool shown = pte & DM_PTE_PRESENT && (pte & DM_PTE_PFN) == pfn;
         if (!shown)
             reclaim(r, pfn);
-        else if (copied && i == in->progress) {
+        else if (copied && i == progress(r) && step(r, &r->intent->progress, i, i + 1))
             /* Repointed, and the count of the old frame certainly not dropped: that comes after progress. */
-            progress(r, i + 1);
             count_down(r, (uint32_t)in->old);
-        }
     }
 }
 
 /* An exclusive run that the host was freeing: each frame is in use by it alone, or free and its own already. The words do not
  * tell a frame that was reclaimed before, by a recovery that was interrupted: progress does. */
 static void finish_free(struct recovery *r) {
-    for (uint64_t i = r->intent->progress; i < r->intent->nr; i++) {
+    for (uint64_t i; (i = progress(r)) < r->intent->nr && !fenced(r);) {
         uint32_t pfn = r->intent->pfn + (uint32_t)i;
-        progress(r, i + 1);
         if (pfn >= r->nr_frames)
             return;
+        if (!step(r, &r->intent->progress, i, i + 1))
+            continue;
         if (dm_frame_refcount(__atomic_load_n(&r->dev->frames[pfn], __ATOMIC_ACQUIRE)) == 1)
             count_down(r, pfn);
         else
@@ -303,8 +356,8 @@ static void take_back(struct recovery *r) {
             __atomic_compare_exchange_n(&r->dev->frames[pfn], &word,
                                         dm_frame_pack(0, DM_OWNER_POOL, dm_frame_seq(word)), false,
                                         __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
-            DM_CRASH_POINT(recover_reclaimed);
             r->out->frames_reclaimed++;
+            DM_CRASH_POINT(recover_reclaimed);
         }
     }
 }
@@ -353,13 +406,11 @@ static void settle_intent(struct recovery *r) {
             clear_ptes(r); /* the counts are still the Ref's, which step 2 drops */
         } else if (ref_untouched(r)) {
             free_overflow(r, entry); /* the counts are the mapping's, which step 3 drops */
-            make_free(entry);
+            make_free(entry, in->ref_state);
         }
         break;
     case DM_INTENT_DROP:
-        if (dm_ref_state(__atomic_load_n(&entry->state, __ATOMIC_ACQUIRE)) == DM_REF_DROPPING &&
-            dm_ref_holder(entry->state) == r->host)
-            finish_drop(r, in->ref, in->progress);
+        finish_drop(r, in->ref, in->progress);
         break;
     case DM_INTENT_COW:
         settle_new_frames(r, true);
@@ -374,8 +425,11 @@ static void settle_intent(struct recovery *r) {
     case DM_INTENT_RETURN:
         break;
     }
-    if (!r->no_memory && !fenced(r))
+    if (!r->no_memory && !fenced(r)) {
         __atomic_store_n(&in->op, DM_INTENT_NONE, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(recover_op_settled);
+    }
+    end_drop(r);
 }
 
 /* ---------------------------------------------------------------- pages and frames */

@@ -5,7 +5,11 @@
  * each new entry: publishing is rare, a table has a thousand slots. Bytes that make no sense (a chain that leaves
  * the table or runs in a circle, a wrong checksum) make an entry damaged, never a crash.
  *
- * Context: the coordinator writes; anybody may read. No locks, no GIL.
+ * A coordinator that was stopped in the midst of writing and replaced makes the rest of its stores all the same. The mark in the
+ * superblock (dm_device_begin_change) tells its successor, who leaves the table as it is until that one is gone, and then
+ * frees what it does not know.
+ *
+ * Context: the coordinator writes, one change at a time; anybody may read. No locks, no GIL.
  */
 #include <stdlib.h>
 
@@ -85,27 +89,12 @@ static uint64_t mark_used(const struct dm_device *dev, uint8_t *used) {
     return highest;
 }
 
-/*
- * Add an entry; what->slot and what->serial are chosen here. The caller withdraws an older entry of the same name
- * afterwards. Returns the head's slot, DM_ERR_BAD_SIZE, DM_ERR_NO_SERVICE_SLOT, DM_ERR_NO_MEMORY or DM_ERR_REPLACED; after
- * a failure, and after a crash anywhere before the last store, the table says what it said before.
- */
-int dm_device_publish(struct dm_device *dev, const struct dm_service *what, struct dm_error *err) {
-    uint32_t bytes = what->name_bytes + what->endpoint_bytes, nr = slots_for(bytes), found = 0;
+static int write_entry(struct dm_device *dev, struct dm_service entry, struct dm_error *err) {
+    uint32_t bytes = entry.name_bytes + entry.endpoint_bytes, nr = slots_for(bytes), found = 0;
     uint32_t chain[(DM_MAX_SERVICE_NAME + DM_MAX_SERVICE_ENDPOINT) / DM_SERVICE_SLOT_ROOM + 1];
-    int status = dm_device_check_writable(dev, err);
-    if (status != DM_OK)
-        return status;
-    if (what->name_bytes == 0 || what->name_bytes > DM_MAX_SERVICE_NAME ||
-        what->endpoint_bytes > DM_MAX_SERVICE_ENDPOINT || what->host < 1 ||
-        what->host > dev->geo.max_hosts)
-        return dm_device_fail(err, DM_ERR_BAD_SIZE,
-                              "a name of %u bytes, an endpoint of %u, host %u", what->name_bytes,
-                              what->endpoint_bytes, what->host);
     uint8_t *used = calloc(dev->geo.nr_services, 1);
     if (!used)
         return dm_device_fail(err, DM_ERR_NO_MEMORY, "no memory to look for a service slot");
-    struct dm_service entry = *what;
     entry.serial = mark_used(dev, used) + 1;
     for (uint32_t i = 0; i < dev->geo.nr_services && found < nr; i++)
         if (!used[i])
@@ -131,7 +120,7 @@ int dm_device_publish(struct dm_device *dev, const struct dm_service *what, stru
     head->name_bytes = entry.name_bytes;
     head->endpoint_bytes = entry.endpoint_bytes;
     head->checksum = checksum_of(&entry);
-    status =
+    int status =
         dm_device_check_writable(dev, err); /* once more: nothing before this store can be seen */
     if (status != DM_OK)
         return status;
@@ -141,13 +130,42 @@ int dm_device_publish(struct dm_device *dev, const struct dm_service *what, stru
     return (int)chain[0];
 }
 
+/*
+ * Add an entry; what->slot and what->serial are chosen here. The caller withdraws an older entry of the same name
+ * afterwards. Returns the head's slot, DM_ERR_BAD_SIZE, DM_ERR_NO_SERVICE_SLOT, DM_ERR_NO_MEMORY or DM_ERR_REPLACED; after
+ * a failure, and after a crash anywhere before the last store, the table says what it said before.
+ */
+int dm_device_publish(struct dm_device *dev, const struct dm_service *what, struct dm_error *err) {
+    int status = dm_device_check_writable(dev, err);
+    if (status != DM_OK)
+        return status;
+    if (what->name_bytes == 0 || what->name_bytes > DM_MAX_SERVICE_NAME ||
+        what->endpoint_bytes > DM_MAX_SERVICE_ENDPOINT || what->host < 1 ||
+        what->host > dev->geo.max_hosts)
+        return dm_device_fail(err, DM_ERR_BAD_SIZE,
+                              "a name of %u bytes, an endpoint of %u, host %u", what->name_bytes,
+                              what->endpoint_bytes, what->host);
+    status = dm_device_begin_change(dev, &dev->sb->changing_services, 1, err);
+    if (status != DM_OK)
+        return status;
+    status = write_entry(dev, *what, err);
+    dm_device_end_change(dev, &dev->sb->changing_services, 1);
+    return status;
+}
+
 /* Free the entry of that serial number at `slot`; nothing happens when another one is there. */
 int dm_device_withdraw(struct dm_device *dev, uint32_t slot, uint64_t serial,
                        struct dm_error *err) {
     int status = dm_device_check_writable(dev, err);
-    if (status != DM_OK || slot >= dev->geo.nr_services || dev->services[slot].serial != serial)
+    if (status != DM_OK || slot >= dev->geo.nr_services)
         return status;
-    __atomic_store_n(&dev->services[slot].state, DM_SERVICE_FREE, __ATOMIC_RELEASE);
-    DM_CRASH_POINT(service_withdrawn);
+    status = dm_device_begin_change(dev, &dev->sb->changing_services, 1, err);
+    if (status != DM_OK)
+        return status;
+    if (dev->services[slot].serial == serial) {
+        __atomic_store_n(&dev->services[slot].state, DM_SERVICE_FREE, __ATOMIC_RELEASE);
+        DM_CRASH_POINT(service_withdrawn);
+    }
+    dm_device_end_change(dev, &dev->sb->changing_services, 1);
     return DM_OK;
 }

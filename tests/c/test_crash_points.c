@@ -36,7 +36,7 @@ struct essence {
     uint32_t chains[SCENE_REFS];
     struct {
         uint32_t state, op;
-        uint64_t progress;
+        uint64_t progress, dropping;
     } hosts[2];
     uint32_t services[8];
     uint64_t epoch;
@@ -63,6 +63,7 @@ static void look(struct essence *e) {
         e->hosts[i].state = entry->state;
         e->hosts[i].op = entry->intent.op;
         e->hosts[i].progress = entry->intent.op ? entry->intent.progress : 0;
+        e->hosts[i].dropping = entry->dropping;
         memcpy(e->ptes + 4096 * i, dm_device_ptes(&dev, i + 1),
                dev.geo.ptes_per_host * sizeof e->ptes[0]);
     }

@@ -33,6 +33,8 @@ class Act:
     """In the victim."""
     prepare: Callable[..., Any] | None = None
     """In the victim, with the Refs that were offered."""
+    answer: Callable[..., Any] | None = None
+    """In the keeper, before the victim is armed, with what prepare has returned."""
     offers: tuple[str, ...] = ()
     trigger: Callable[..., Any] | None = None
     """In the keeper, instead of operate; what it returns is True, and it may raise PeerError if the victim dies."""
@@ -88,8 +90,9 @@ def run(stage: Stage, act: Act, label: str = "none", n: int = 1) -> dict[str, in
 def _prepared(stage: Stage, act: Act) -> Host:
     wires = stage.keeper.call(keeper.offer, act.offers) if act.offers else []
     victim = stage.fabric.host(**dict(act.options))
-    if act.prepare is not None:
-        victim.call(act.prepare, *wires)
+    prepared = victim.call(act.prepare, *wires) if act.prepare is not None else None
+    if act.answer is not None:
+        stage.keeper.call(act.answer, prepared)
     return victim
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -11,17 +10,22 @@ from tests.crash.stage import Stage, Stages
 from tests.crash.tally import Tally
 
 TALLY = pytest.StashKey[Tally]()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of it is the campaign's: `make crash`."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.crash)
+FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TALLY] = Tally()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember whether a test failed: its stage is of no use any more."""
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +36,9 @@ def stages() -> Iterator[Stages]:
 
 
 @pytest.fixture
-def stage(stages: Stages) -> Iterator[Stage]:
+def stage(request: pytest.FixtureRequest, stages: Stages) -> Iterator[Stage]:
     """Give the fabric that somebody dies on; a new one after a failure."""
-    with stages.use() as stage:
+    with stages.use(lambda: request.node.stash.get(FAILED, True)) as stage:
         yield stage
 
 

@@ -7,13 +7,14 @@ what was asked for has come about. The rest clears up.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmrpc_cxl.coordinator.client import Client
 from dmrpc_cxl.errors import PeerError
 from tests.crash import damage, keeper
 from tests.crash.host_acts import (
@@ -46,6 +47,10 @@ def map_again(at: At) -> None:
 
 def free_what_is_mine_alone(at: At) -> None:
     at.alone.free()
+
+
+def give_up_what_the_keeper_made(at: At) -> None:
+    at.viewed.free()
 
 
 def store_to_mapped(at: At) -> None:
@@ -134,7 +139,8 @@ def _publishes(stage: Stage, before: Any) -> Steps:
     yield
     host.result()
     yield
-    assert services(stage) == {"name": ENDPOINT}
+    found = services(stage)
+    assert found == {"name": ENDPOINT}, found
     host.leave()
     assert services(stage) == {}
 
@@ -186,14 +192,17 @@ def scrubs(stage: Stage) -> Steps:
     spoil(stage)
     restart(stage)  # its books know nothing of what was spoiled
     yield
-    try:
-        with Client.to(stage.name, timeout=30.0) as client:
-            client.check(repair=True, timeout=30.0)
-    except PeerError:
-        pass
+    asking = threading.Thread(target=_check, args=(stage,))
+    asking.start()
     yield
+    asking.join()
     yield
     with stage.client() as client:
+        client.check(repair=True, timeout=30.0)
+
+
+def _check(stage: Stage) -> None:
+    with contextlib.suppress(PeerError), stage.client() as client:
         client.check(repair=True, timeout=30.0)
 
 
@@ -310,5 +319,6 @@ ACTS = [
     _inside("storing", store_to_mapped, "cow_repointed", 3),
     _inside("storing, almost done", store_to_mapped, "cow_progress", 3),
     _inside("filling", store_to_pieces, "fill_shown"),
+    _inside("handing over", give_up_what_the_keeper_made, "home_sent", 3),
     _inside("giving back", detach, "return_untold"),
 ]

@@ -1,4 +1,4 @@
-"""Damage done to a device by hand: what the scrubber is for. Each returns after its change."""
+"""Damage done to a device by hand, behind the back of hosts that are at rest: what the scrubber is for."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def set_count(fabric: str, pfn: int, count: int) -> None:
     _change(fabric, offset, 0xFFFFFFFF, count)
 
 
+def add_to_count(fabric: str, pfn: int, number: int) -> None:
+    set_count(fabric, pfn, count_of(fabric, pfn) + number)
+
+
 def set_owner(fabric: str, pfn: int, owner: int) -> None:
     with devices.open(fabric, writable=False) as device:
         offset = device.superblock["frame_table_off"] + 8 * pfn
@@ -53,6 +57,8 @@ def frames_of_the_pool(fabric: str, number: int) -> list[int]:
 
 
 def refs_of(fabric: str, host: int) -> list[int]:
-    """Return the entries of the Refs that a host holds."""
+    """Return the entries of the Refs that a host holds, by what they are: where they lie is up to chance."""
     with devices.open(fabric, writable=False) as device:
-        return [ref["entry"] for ref in device.refs() if ref["holder"] == host]
+        held = [ref for ref in device.refs() if ref["holder"] == host]
+    held.sort(key=lambda ref: (ref["nr_pages"], ref["exclusive"], ref["entry"]))
+    return [ref["entry"] for ref in held]

@@ -29,6 +29,10 @@ _FREEING = (
     "frame_left_use pte_uncounted free_* drop_* overflow_unlinked view_dropping return_* detach_*",
     "gives nothing up: see the freeing host",
 )
+_HOME = (
+    "home_*",
+    "frees nothing that others have made, and gets nothing back: see the freeing host and the creator",
+)
 _STORING = ("cow_* fill_*", "no store of its own faults: see the faulting host")
 _PIECES = (
     "scatter_* pte_hole overflow_*",
@@ -41,12 +45,13 @@ _TOO_OFTEN = (
 )
 _NO_MEMORY = (
     "frame_* pte_* alloc_* scatter_* free_* slot_taken overflow_* runs_stored ref_* share_* move_* clone_* drop_* map_* "
-    "view_* cow_* fill_* grant_wanted grant_received return_worded return_untold return_told attach_* detach_*",
+    "view_* home_* cow_* fill_* grant_wanted grant_received return_worded return_untold return_told attach_* detach_*",
     "the DM layer of a host: maps no frame and makes no Ref",
 )
 
 EXCUSES: dict[str, list[tuple[str, str]]] = {
     "creator": [
+        ("home_begun home_sent home_found_gone home_taken_back home_hinted home_ended", "frees nothing that others have made"),
         ("map_claimed map_put_back map_placed map_copied map_dropping view_shown", _MAPPING[1]),
         _FREEING,
         _STORING,
@@ -54,6 +59,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         _COORDINATOR,
     ],
     "mapper": [
+        _HOME,
         ("scatter_*", _ALLOCATING[1]),
         _MAKING,
         ("view_claimed", "a view becomes a mapping when it is shared or stored to: see creator, faulting host"),
@@ -65,6 +71,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         _COORDINATOR,
     ],
     "freeing host": [
+        ("home_taken_in", "nothing comes home to it: see the creator"),
         ("frame_in_use pte_set grant_*", "takes no frame: see the creator"),
         _ALLOCATING,
         _MAKING,
@@ -75,6 +82,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         _COORDINATOR,
     ],
     "faulting host": [
+        _HOME,
         ("map_claimed map_put_back map_placed map_copied map_dropping view_shown ref_accepted", _MAPPING[1]),
         _ALLOCATING,
         _MAKING,
@@ -84,6 +92,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         _COORDINATOR,
     ],
     "caller": [
+        ("home_found_gone home_taken_back", "whose frames it frees lives: see the freeing host"),
         _PIECES,
         _TOO_OFTEN,
         ("free_*", "its buffers are shared or given away by the time they are freed"),
@@ -102,6 +111,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         _NO_MEMORY,
     ],
     "callee": [
+        ("home_found_gone home_taken_back", "whose frames it frees lives: see the freeing host"),
         _PIECES,
         _TOO_OFTEN,
         ("share_*", "what it returns is nobody else's, and moves"),
@@ -119,7 +129,7 @@ EXCUSES: dict[str, list[tuple[str, str]]] = {
         ("host_cleared host_entered host_active", "admits nobody"),
         ("host_declared_dead host_reclaimed host_forgotten", "has no books: its steps are host_state_set"),
         ("service_written service_live published withdrawn", "publishes nothing"),
-        ("recover_pte_undone", "whoever is dead died at rest: see the coordinator"),
+        ("recover_pte_undone recover_op_settled recover_told_home", "whoever is dead died at rest: see the coordinator"),
         _CALLS,
         _NO_MEMORY,
     ],

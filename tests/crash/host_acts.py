@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import struct
 from collections.abc import Iterator
 from typing import Any
 
 from dmrpc_cxl import Ref
 from dmrpc_cxl.errors import BadSize, OutOfFrames, TooManyRefs
 from dmrpc_cxl.fabric import device as devices
-from tests.crash import keeper
+from tests.crash import damage, keeper
 from tests.crash.acts import Act
 from tests.crash.keeper import PAGE, PAGES, filled, in_pieces, moved
 from tests.crash.processes import Host
@@ -42,28 +41,13 @@ def no_frames(stage: Stage) -> Iterator[None]:
 def as_many_counts_as_there_can_be(stage: Stage, victim: Host) -> Iterator[None]:
     """Raise the refcount of a frame that keeper and victim share, behind everybody's back, until all is reclaimed."""
     pfn = victim.call(fourth_frame)
-    raised = MOST_COUNTS - stage_count(stage, pfn)
-    add_counts(stage, pfn, raised)
+    raised = MOST_COUNTS - damage.count_of(stage.name, pfn)
+    damage.add_to_count(stage.name, pfn, raised)
     try:
         yield
         stage.wait_until_reclaimed()
     finally:
-        add_counts(stage, pfn, -raised)
-
-
-def stage_count(stage: Stage, pfn: int) -> int:
-    with devices.open(stage.name, writable=False) as device:
-        return int(device.frame(pfn)[0])
-
-
-def add_counts(stage: Stage, pfn: int, number: int) -> None:
-    with devices.open(stage.name, writable=False) as device:
-        offset = device.superblock["frame_table_off"] + 8 * pfn
-    with open(devices.path_of(stage.name), "r+b") as file:
-        file.seek(offset)
-        (word,) = struct.unpack("<Q", file.read(8))
-        file.seek(offset)
-        file.write(struct.pack("<Q", word + number))
+        damage.add_to_count(stage.name, pfn, -raised)
 
 
 def fourth_frame(at: At) -> int:
@@ -141,6 +125,17 @@ def hold_everything(at: At, shared: bytes, exclusive: bytes, long: bytes) -> Non
         ref.to_bytes()  # sent, for all we know: not dropped when it is forgotten
     at.alone = filled(at, 4, 45)
     filled(at, 4, 46).free()
+
+
+def send_one_away(at: At) -> bytes:
+    """Make a Ref to frames of ours that nobody else has."""
+    at.ref = moved(at, filled(at, PAGES, 47))
+    return at.ref.to_bytes()
+
+
+def free_what_came(at: At, wire: bytes) -> None:
+    """Map and free, in the keeper: the frames go home."""
+    at.host.map_ref(wire).free()
 
 
 # ---------------------------------------------------------------- operating
@@ -252,7 +247,7 @@ ACTS: list[Act] = []
 def _act(
     role: str, name: str, operate: Any, prepare: Any = None, *offers: str, **more: Any
 ) -> None:
-    ACTS.append(Act(role, name, operate, prepare, offers, **more))
+    ACTS.append(Act(role, name, operate, prepare, offers=offers, **more))
 
 
 _CROWDED = {"meddle": as_many_counts_as_there_can_be}
@@ -262,6 +257,7 @@ _act("creator", "attaches", None, at_attach=True)
 _act("creator", "allocates", allocate)
 _act("creator", "allocates from fragments", allocate, occasion=nothing_but_fragments)
 _act("creator", "allocates lazily", allocate_lazily)
+_act("creator", "allocates what came home", allocate, send_one_away, answer=free_what_came)
 _act("creator", "shares", share, own_buffer)
 _act("creator", "shares pieces", share, own_pieces)
 _act("creator", "shares what it maps", share, map_it, "shared")

@@ -16,10 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from dmrpc_cxl._native import CRASH_RECORD_BYTES, crash_at, crash_record
+from dmrpc_cxl._native import CRASH_RECORD_BYTES, crash_at, crash_record, crash_stop_at
 from dmrpc_cxl.coordinator.__main__ import main as serve_fabric
 from dmrpc_cxl.fabric import fsck
 from tests.fabrics import At, Fabric, HostProcess, _serve
+from tests.standing import until
 
 SECONDS = 60.0
 _nursery = multiprocessing.get_context("forkserver")
@@ -53,6 +54,15 @@ class Record:
 def arm(at: At, label: str, n: int, record: str | None = None) -> None:
     """Make this process die at the n-th pass from now on; "none": count."""
     crash_at(label, n, record)
+
+
+def stop_at(at: At, label: str, n: int = 1) -> None:
+    """Make this process, which is armed, stop itself at the n-th pass from now on."""
+    crash_stop_at(label, n)
+
+
+def wait_until_stopped(pid: int) -> None:
+    until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
 
 
 def disarm(at: At) -> None:
@@ -125,7 +135,8 @@ def _be_coordinator(
 def _obey(orders: Any) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
-            crash_at(*orders.recv())
+            order, *where = orders.recv()
+            order(*where)
             orders.send(None)
 
 
@@ -160,7 +171,14 @@ class Coordinator:
 
     def arm(self, label: str, n: int = 1, record: str | None = None) -> None:
         """Make it die at the n-th pass from now on; "none": count."""
-        self._orders.send((label, n, record))
+        self._order(crash_at, label, n, record)
+
+    def stop_at(self, label: str, n: int = 1) -> None:
+        """Make it, which is armed, stop itself at the n-th pass from now on."""
+        self._order(crash_stop_at, label, n)
+
+    def _order(self, *order: Any) -> None:
+        self._orders.send(order)
         assert self._orders.poll(SECONDS)
         self._orders.recv()
 

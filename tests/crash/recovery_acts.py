@@ -164,7 +164,8 @@ def run_repair_of_the_deserted(stage: Stage, label: str = "none", n: int = 1) ->
 FOUND = {
     act.name: act.steps
     for act in coordinator_acts.ACTS
-    if act.name in ("reclaims", "reclaims who died sharing", "reclaims who died dropping")
+    if act.name.removeprefix("reclaims who died ")
+    in ("reclaims", "sharing", "dropping", "handing over")
 }
 
 

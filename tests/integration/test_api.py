@@ -30,6 +30,7 @@ def test_every_public_name_has_a_test_in_these_files() -> None:
     files = [
         *here.glob("test_api*.py"),
         *here.glob("test_rpc*.py"),
+        here / "test_latency.py",
         here / "test_services.py",
         here / "test_views.py",
         here.parent / "rpc_peers.py",

@@ -119,12 +119,12 @@ def stage(standing: Standing, transport: str) -> Iterator[Stage]:
 
 def drained(stage: Stage) -> None:
     """Assert that nothing is held, though all processes go on."""
-    until(lambda: not {*_held(stage)} - {0}, 20)
-    assert _held(stage) == (0, 0, 0)
+    until(lambda: _held(stage) == (0, 0, 0), 20)
+    stage.fabric.assert_sound()
 
 
 def _held(stage: Stage) -> tuple[int, int, int]:
-    audit = stage.fabric.assert_sound()
+    audit = stage.fabric.audit()  # what is being freed has no exact count
     return audit["in_use"], audit["live_refs"], stage.account("store")["objects"]
 
 

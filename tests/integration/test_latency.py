@@ -34,6 +34,7 @@ def hosts(standing: Standing) -> Iterator[list[HostProcess]]:
 
 def model(at: At) -> dict[str, Any]:
     found = at.host.latency
+    assert at.host.emulates_latency == (found is not None)
     return {} if found is None else dataclasses.asdict(found)
 
 
