@@ -42,7 +42,7 @@ bench: $(VENV)/.native $(VENV)/.bench ## Measure, and print ratios [ARGS="..." i
 	$(PY) -m benchmarks.bench $(ARGS)
 
 .PHONY: figures figures-quick figures-clusters
-FIGURES := $(VENV)/.native $(VENV)/.examples $(VENV)/.figures
+FIGURES := $(VENV)/.native $(VENV)/.examples $(VENV)/.social $(VENV)/.figures
 figures: $(FIGURES) ## Run the paper's experiments, write docs/results.md and its pictures; 40 minutes [ARGS="--only fig07"]
 	$(PY) -m benchmarks.figures --publish $(ARGS)
 figures-quick: $(FIGURES) ## The same with fewer points, into build/figures only; 4 minutes

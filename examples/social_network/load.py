@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import math
 import random
 import selectors
 import time
@@ -58,6 +59,8 @@ class Tally:
     latencies: dict[Kind, HdrHistogram] = field(
         default_factory=lambda: {kind: histogram() for kind in KINDS}
     )
+    each_ns: list[int] = field(default_factory=list)
+    """The same, one by one, in the order in which requests ended."""
     lag: HdrHistogram = field(default_factory=histogram)
     """By how much requests were sent late."""
 
@@ -83,6 +86,7 @@ class Tally:
         self.errors.update(other.errors)
         for kind, one in other.latencies.items():
             self.latencies[kind].add(one)
+        self.each_ns += other.each_ns
         self.lag.add(other.lag)
 
 
@@ -157,34 +161,41 @@ class Generator:
                 tally.errors[type(failure_of(error) or error).__name__] += 1
             return
         if tally is not None:
-            took = time.perf_counter() - scheduled
+            took = max(int((time.perf_counter() - scheduled) * 1e9), 1)
             tally.done += 1
             tally.nr_posts += len(posts)
-            tally.latencies[request.kind].record_value(max(int(took * 1e9), 1))
+            tally.each_ns.append(took)
+            tally.latencies[request.kind].record_value(took)
 
     def open_loop(
         self,
         requests: Sequence[Request],
         rate: float,
-        seconds: float,
+        seconds: float | None = None,
         *,
+        count: int | None = None,
         warm_up: float = 0.5,
         seed: int = 1,
     ) -> Tally:
-        """Make requests on schedule for a while, and wait for the last.
+        """Make requests on schedule, for a while or so many that count, and wait for the last.
 
         Args:
             requests: in turn.
             rate: per second, on average.
             warm_up: seconds before those that count.
         """
-        return self._run(self._open(requests, rate, seconds, warm_up, random.Random(seed)))
+        if (seconds is None) == (count is None):
+            raise ValueError("open_loop: for how long, or how many?")
+        end = math.inf if seconds is None else seconds
+        most = math.inf if count is None else count
+        return self._run(self._open(requests, rate, end, most, warm_up, random.Random(seed)))
 
     async def _open(
         self,
         requests: Sequence[Request],
         rate: float,
         seconds: float,
+        most: float,
         warm_up: float,
         draw: random.Random,
     ) -> Tally:
@@ -195,7 +206,7 @@ class Generator:
         due = now()
         for request in itertools.cycle(requests):
             due += draw.expovariate(rate)
-            if due >= begin + seconds:
+            if due >= begin + seconds or tally.offered >= most:
                 break
             wait = due - now()
             await asyncio.sleep(max(wait, 0))  # at least one look at replies before each request
@@ -215,20 +226,35 @@ class Generator:
         return tally
 
     def closed_loop(
-        self, requests: Sequence[Request], seconds: float, *, window: int = 8, warm_up: float = 0.2
+        self,
+        requests: Sequence[Request],
+        seconds: float | None = None,
+        *,
+        count: int | None = None,
+        window: int = 8,
+        warm_up: float = 0.2,
     ) -> Tally:
-        """Keep so many requests under way for a while, and wait for the last; latencies run from sending."""
-        return self._run(self._closed(itertools.cycle(requests), seconds, window, warm_up))
+        """Keep so many requests under way, for a while or until so many have counted; latencies run from sending."""
+        if (seconds is None) == (count is None):
+            raise ValueError("closed_loop: for how long, or how many?")
+        end = math.inf if seconds is None else seconds
+        most = math.inf if count is None else count
+        return self._run(self._closed(itertools.cycle(requests), end, most, window, warm_up))
 
     async def _closed(
-        self, requests: Iterator[Request], seconds: float, window: int, warm_up: float
+        self,
+        requests: Iterator[Request],
+        seconds: float,
+        most: float,
+        window: int,
+        warm_up: float,
     ) -> Tally:
         tally = Tally()
         now = time.perf_counter
         begin = now() + warm_up
 
         async def one_after_another() -> None:
-            while (sent := now()) < begin + seconds:
+            while (sent := now()) < begin + seconds and tally.offered < most:
                 counted = tally if sent >= begin else None
                 if counted is not None:
                     counted.offered += 1

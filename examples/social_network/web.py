@@ -62,7 +62,8 @@ def status_of(error: DmError) -> int:
         return 400
     if isinstance(error, DeadlineExceeded):
         return 504
-    return _STATUS.get(type(failure_of(error)), 500)
+    failure = failure_of(error)
+    return 500 if failure is None else _STATUS[type(failure)]
 
 
 def json_of(posts: list[Post]) -> bytes:
