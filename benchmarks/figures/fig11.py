@@ -28,9 +28,9 @@ CLAIMS = (
 )
 VARIANTS = ("value", "cxl")
 """To have another one measured: a class in examples/social_network/variants.py, and its name here."""
-MORE_VARIANTS = ("cxl-posts",)  # capacity only
+MORE_VARIANTS = ("cxl-ref", "cxl-posts")  # by reference however small; capacity only
 PROFILES = ("original", "heavy", "media")
-RATED = ("original", "heavy")  # those with rates, not capacity alone
+RATED = PROFILES  # those with rates, not capacity alone
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
 QUICK_SHARES = (0.1, 0.5, 0.8)
 EQUAL_SHARE = 0.5  # of the smaller capacity: where mean latencies are compared

@@ -21,7 +21,7 @@ from ..serving.running import Account, Counting, Running
 from . import services, storage
 from .records import Kind
 from .stores import Stores
-from .variants import VARIANTS, threshold_of
+from .variants import VARIANTS
 
 LOAD_BALANCER, PROXY, PHP_FPM, POST_STORAGE = "load-balancer", "proxy", "php-fpm", "post-storage"
 MOVERS = (LOAD_BALANCER, PROXY, PHP_FPM)
@@ -141,7 +141,6 @@ class _Starting:
             storage.PostStorage,
             transport=self._transport,
             connect_timeout=self._patience,
-            threshold=threshold_of(self._host),
         )
         return {
             name: client.using(transfer=variant.transfer)  # type: ignore[attr-defined]
@@ -162,7 +161,7 @@ class _Starting:
             self._process.at_end(made.evict)
 
     def _serve(self, made: Any, name: str, counts: Callable[[], dict[str, int]] = dict) -> None:
-        end = self._host.serve(made, name=name, threads=THREADS, threshold=threshold_of(self._host))
+        end = self._host.serve(made, name=name, threads=THREADS)
         self._process.add(Running(end, counts))
 
     def _start_mover(self, name: str) -> None:

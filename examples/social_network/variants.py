@@ -7,11 +7,13 @@ what there is. Add a class to VARIANTS, and every program of this package knows 
 value      the encoded posts follow each other in the message
 cxl        they follow each other in DM, where the storage has written them for this reply, which has one
            Ref; a list that is small is in the message
-cxl-posts  each post lies in DM for as long as it exists; the reply has a Ref to each
+cxl-ref    the same, however small
+cxl-posts  each post lies in DM, from when it is first asked for; the reply has a Ref to each
 =========  ============================================================================================
 
-*Small*: a Ref is worth its price from host.threshold bytes on for one hop. A list crosses HOPS of them, and pays at each, so its
-threshold is so many times lower.
+*Small* is what the library calls so: below the host's threshold. That a list crosses five connections does not lower it: what a
+Ref costs is paid again by each service that takes it and hands it on, and the three in front that do not are cheap by value as well.
+docs/social-network.md has the measurement.
 """
 
 from __future__ import annotations
@@ -28,15 +30,8 @@ from dmrpc_cxl.rpc.marshal import Transfer
 
 from .records import Bytes, Post, Reply, assemble, list_head
 
-HOPS = 5  # storage, timeline, php-fpm, proxy, load balancer, who asked
-
 _POSTS = msgspec.msgpack.Decoder(list[Post])
 _POST = msgspec.msgpack.Decoder(Post)
-
-
-def threshold_of(host: dmrpc_cxl.Host) -> int:
-    """Return from how many bytes on a list of posts goes by reference."""
-    return max(host.threshold // HOPS, 1)
 
 
 class Shelf(ABC):
@@ -96,14 +91,18 @@ class Cxl(Variant):
     """By reference, in one piece."""
 
     name = "cxl"
-    about = "by reference, each list in one piece"
+    about = "by reference, each list in one piece, unless it is small"
+
+    def threshold(self, host: dmrpc_cxl.Host) -> int:
+        """Return from how many bytes on a list is put into DM."""
+        return host.threshold
 
     def reply(self, shelf: Shelf, req_id: int, ids: Sequence[int]) -> Reply:
         """See Variant."""
         posts = [shelf.encoded(post_id) for post_id in ids]
         head = list_head(len(posts))
         nbytes = len(head) + sum(map(len, posts))
-        if nbytes < threshold_of(shelf.host):
+        if nbytes < self.threshold(shelf.host):
             return Reply(req_id, np.frombuffer(assemble(posts), np.uint8))
         array = shelf.host.empty(nbytes, np.uint8)
         target = array.data
@@ -113,6 +112,18 @@ class Cxl(Variant):
             at += len(part)
         target.release()
         return Reply(req_id, array)
+
+
+class CxlRef(Cxl):
+    """By reference, in one piece, whatever its size."""
+
+    name = "cxl-ref"
+    about = "by reference, each list in one piece"
+    transfer = "ref"
+
+    def threshold(self, host: dmrpc_cxl.Host) -> int:
+        """See Cxl."""
+        return 1
 
 
 class CxlPosts(Variant):
@@ -135,7 +146,7 @@ class CxlPosts(Variant):
         return [_POST.decode(piece.data) for piece in self.pieces(host, reply)]
 
 
-VARIANTS: dict[str, Variant] = {kind.name: kind() for kind in (Value, Cxl, CxlPosts)}
+VARIANTS: dict[str, Variant] = {kind.name: kind() for kind in (Value, Cxl, CxlRef, CxlPosts)}
 
 
 def raw(host: dmrpc_cxl.Host, reply: Reply) -> bytes:
