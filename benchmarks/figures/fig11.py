@@ -84,7 +84,7 @@ def fill_network(host: Any, profile: str, users: int) -> int:
     from examples.social_network.variants import VARIANTS as ways
 
     writer = profiles.Writer(profiles.PROFILES[profile], users)
-    edges = graph.part_of(graph.read_edges(), users)
+    edges = graph.part_of(graph.default(), users)
     nr_posts = fill.fill(host, edges, users, writer)
     generators = {name: load.Generator(host, name) for name in ways}
     client: Any = host.connect("post-storage", storage.PostStorage)
@@ -186,7 +186,6 @@ def case(
 def measure(runner: Runner, services: Sequence[str], profile: str, transport: str) -> list[Point]:
     """Measure one profile, all processes where the runner has put them."""
     options, place = runner.options, runner.place or "free"
-    runner.on.peers[CLIENT].call(fill_network, profile, QUICK_USERS if options.quick else USERS)
     which = [
         name
         for name in (*VARIANTS, *(() if options.quick else MORE_VARIANTS))
@@ -218,6 +217,8 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     for transport, profile in itertools.product(options.transports, profiles):
         with running(options, ticker, DEVICE_BYTES) as runner:
             services = start_network(runner, transport)
+            users = QUICK_USERS if options.quick else USERS
+            runner.on.peers[CLIENT].call(fill_network, profile, users)
             for place in options.places:
                 runner.pin(place)
                 found += measure(runner, services, profile, transport)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -141,8 +142,8 @@ def check_all(
         Wrong: see above.
     """
     nr_timelines = 0
-    for place, one in enumerate(generators.values()):
-        nr_timelines += check_composed(host, one, writer.compose(users[place]), REQ_ID + place)
+    for place, (author, one) in enumerate(zip(itertools.cycle(users), generators.values())):
+        nr_timelines += check_composed(host, one, writer.compose(author), REQ_ID + place)
     nr_posts = check_same(host, generators, users)
     check_drained(host.fabric, storage)
     return nr_timelines, nr_posts

@@ -1,7 +1,8 @@
-"""Who follows whom: a file of lines "a b", undirected, each of which is two follow relations."""
+"""Who follows whom: a file of lines "a b", undirected, each of which is two follow relations; or a graph that is made up."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 REED = Path(__file__).with_name("data") / "socfb-Reed98.edges"
@@ -27,6 +28,24 @@ def read_edges(path: Path = REED) -> list[tuple[int, int]]:
             raise BadGraph(f"{path}, line {nr}: {line!r} is not two numbers of users")
         edges.append((int(words[0]), int(words[1])))
     return edges
+
+
+def made_up(users: int = 962, mean_degree: int = 39, seed: int = 1) -> list[tuple[int, int]]:
+    """Return a connected graph in which a few have very many friends, as where people are: newcomers prefer the popular."""
+    draw = random.Random(seed)
+    each = max(mean_degree // 2, 1)
+    ends = [0]  # everybody as often as he has friends
+    edges = []
+    for user in range(1, users):
+        friends = {draw.choice(ends) for _ in range(each)}
+        edges += [(user, friend) for friend in sorted(friends)]
+        ends += [*sorted(friends), *[user] * len(friends)]
+    return edges
+
+
+def default() -> list[tuple[int, int]]:
+    """Return the graph of Reed College if it is there, else one that is made up and of the same size."""
+    return read_edges(REED) if REED.exists() else made_up()
 
 
 def nr_users(edges: list[tuple[int, int]]) -> int:

@@ -98,7 +98,7 @@ class Session:
     def fill(self) -> str:
         """Fill the network; say what there is."""
         options = self.options
-        edges = graph.read_edges(options.graph)
+        edges = graph.default() if options.graph is None else graph.read_edges(options.graph)
         users = min(graph.nr_users(edges), options.users or sys.maxsize)
         edges = graph.part_of(edges, users)
         self._writer = Writer(PROFILES[options.profile], users, options.seed)
@@ -216,8 +216,8 @@ def parser() -> argparse.ArgumentParser:
     add("--variants", type=_variants, default=["value", "cxl"], metavar="NAME,...",
         help=f"some of {', '.join(VARIANTS)}  [default: value,cxl]")  # fmt: skip
     add("--profile", choices=tuple(PROFILES), default="heavy", help="[default: heavy]")
-    add("--graph", type=Path, default=graph.REED, metavar="FILE",
-        help="who follows whom: lines of two numbers  [default: the Reed98 graph]")  # fmt: skip
+    add("--graph", type=Path, metavar="FILE",
+        help="who follows whom: lines of two numbers  [default: data/socfb-Reed98.edges]")  # fmt: skip
     add("--users", type=int, default=200, metavar="N",
         help="of that graph the first; 0: all  [default: 200]")  # fmt: skip
     add("--rate", type=float, default=0.0, metavar="R",

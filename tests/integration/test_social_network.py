@@ -95,7 +95,7 @@ class Stage:
     def fill(self, profile: str = "heavy") -> Writer:
         """Fill the network; return who draws more."""
         writer = Writer(PROFILES[profile], USERS)
-        edges = graph.part_of(graph.read_edges(), USERS)
+        edges = graph.part_of(graph.default(), USERS)
         assert fill.fill(self.host, edges, USERS, writer) > 0
         return writer
 

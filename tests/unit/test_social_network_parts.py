@@ -136,6 +136,23 @@ def test_the_graph_that_comes_along_is_the_one_it_says() -> None:
     assert max(max(edge) for edge in graph.part_of(edges, 50)) < 50
 
 
+def test_a_graph_that_is_made_up_is_connected_and_has_popular_people(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(graph, "REED", tmp_path / "nothing")
+    edges = graph.default()
+    assert edges == graph.made_up()
+    assert graph.nr_users(edges) == 962
+    assert len({frozenset(edge) for edge in edges}) == len(edges)
+    assert all(min(edge) < max(edge) for edge in edges)
+    assert {max(edge) for edge in edges} == set(
+        range(1, 962)
+    )  # each knows somebody who came earlier
+    degree = np.bincount(np.array(edges).ravel())
+    assert 30 < degree.mean() < 45
+    assert degree.max() > 5 * np.median(degree)
+
+
 def test_other_graphs_can_be_read_and_bad_ones_say_where(tmp_path: Path) -> None:
     path = tmp_path / "graph"
     path.write_text("# two edges\n1 0\n\n2 1\n")
