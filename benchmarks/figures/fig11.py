@@ -5,8 +5,8 @@ timeline's service, php-fpm, proxy and load balancer unread. Profiles: *original
 posts of 3 KB and ten of them in each read; *media*, 32 KiB of picture in each post, which is ours.
 
 First each variant makes as many requests as it can, 8 at a time. Then all make requests on schedule (an open loop), at the same rates:
-shares of the largest of those capacities. A rate is *held* if 99 % of what was offered was done within its time and the 99th percentile
-of the latencies stays below BOUND times that of by value at the lowest rate.
+shares of the largest of those capacities. A rate is *held* if the 99th percentile of the latencies stays below BOUND times that of by
+value at the lowest rate, and requests were done at 99 % of the rate at which they were offered, once that percentile has passed.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def requests_block(
         if tally.errors or tally.done != tally.offered:
             raise AssertionError(f"of {tally.offered} requests {dict(tally.errors)} failed")
         counts["timed_ns"] = tally.seconds * 1e9
-        counts["offered"] = tally.offered
+        counts["scheduled_ns"] = tally.scheduled_seconds * 1e9
         counts["aborted"] = float(tally.aborted) * n
         counts["late_ns"] = float(tally.lag.get_mean_value()) * n
         counts["posts"] = tally.nr_posts
@@ -255,8 +255,12 @@ def bound_ms(points: Points, **where: Any) -> float:
 
 def held(one: Point, bound: float) -> bool:
     """Say whether a point's rate was held."""
-    done = one["each"].get("aborted", 0) == 0 and one["per_second"]["median"] > 0
-    return bool(done and one["latency_us"]["p99"] / 1e3 <= bound)
+    if one["each"].get("aborted") or one["latency_us"]["p99"] / 1e3 > bound:
+        return False
+    requests = one["requests_per_block"]
+    scheduled_ms = one["each"]["scheduled_ns"] * requests / 1e6
+    took_ms = requests * 1e3 / one["per_second"]["median"]
+    return bool(took_ms <= scheduled_ms / HELD + bound / BOUND)
 
 
 def highest_rate(points: Points, variant: str, **where: Any) -> float | None:
@@ -311,6 +315,8 @@ def bars(points: Points) -> list[dict[str, Any]]:
             continue
         cpu = points.ratio("cpu_us", value, ours, share=0.0, **where)
         note = f"CPU time of a request {cpu['median']:.3g} x lower" if cpu else ""
+        if profile != "media":
+            note += "; lists are below the threshold: both variants do the same"
         if rates[0]:
             ratio = (rates[1] or 0.0) / rates[0]
             made.append(bar(f"{profile}, {told}: highest rate held by Ref against by value", ratio, limit))  # fmt: skip
@@ -359,7 +365,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             ax = axes[row][column]
             plots.lines(ax, rated, "rate", _milliseconds(what), {})
             plots.log_y(ax)
-            ax.set_xlabel("requests per second, offered")
+            ax.set_xlabel("requests per s")
             ax.set_ylabel(f"{what} latency, ms")
             ax.set_title(f"{one['profile']}, {one['transport']}, {place}", fontsize=8)
     plots.legend(figure, axes)

@@ -50,6 +50,9 @@ class Tally:
     """What a loop has done, without its warm-up."""
 
     seconds: float = 0.0
+    """Until the last request was done."""
+    scheduled_seconds: float = 0.0
+    """Until the last request was to be sent; of an open loop."""
     offered: int = 0
     done: int = 0
     nr_posts: int = 0
@@ -79,6 +82,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Add what another loop has done."""
         self.seconds += other.seconds
+        self.scheduled_seconds += other.scheduled_seconds
         self.offered += other.offered
         self.done += other.done
         self.nr_posts += other.nr_posts
@@ -213,6 +217,7 @@ class Generator:
             counted = tally if due >= begin else None
             if counted is not None:
                 counted.offered += 1
+                counted.scheduled_seconds = due - begin
                 counted.lag.record_value(max(int((now() - due) * 1e9), 1))
             task = self._loop.create_task(self._one(request, due, counted))
             under_way[task] = due
