@@ -53,7 +53,7 @@ figures-clusters: $(FIGURES) $(VENV)/.ray $(VENV)/.spark ## The same as figures,
 ##@ Test
 
 .PHONY: test
-test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples $(VENV)/.social $(VENV)/.figures ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
+test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples $(VENV)/.social $(VENV)/.redis $(VENV)/.figures ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: ctest asan tsan

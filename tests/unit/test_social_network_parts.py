@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -30,6 +35,7 @@ from examples.social_network.storage import UserService
 from examples.social_network.stores import Stores, Table
 from examples.social_network.text import mentions_in, urls_in, with_urls
 from examples.social_network.web import json_of
+from tests.standing import until
 
 # ---------------------------------------------------------------- texts
 
@@ -81,9 +87,46 @@ def test_json_has_all_numbers_as_strings() -> None:
 # ---------------------------------------------------------------- stores
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Stores:
-    return Stores(request.param, tmp_path)
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """Run a Redis server that keeps nothing; give its URL."""
+    pytest.importorskip("redis")
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed")
+    path = folder / "redis.sock"
+    words = ("--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder))
+    with subprocess.Popen([program, *words], stdout=subprocess.DEVNULL) as server:
+        try:
+            until(lambda: _listens(path))
+            yield f"unix://{path}"
+        finally:
+            server.kill()
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stores]:
+    if request.param != "redis":
+        yield Stores(request.param, tmp_path)
+        return
+    with redis_server(tmp_path) as url:
+        yield Stores("redis", tmp_path, url)
+
+
+def test_timelines_in_redis_are_kept_or_removed_as_asked(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as url:
+        for temporary in (False, True, False):
+            stores = Stores("redis", tmp_path, url, temporary=temporary)
+            lines = stores.timelines("home")
+            assert lines.slice(1, 0, 9) == ([5] if temporary else [])
+            lines.add([1], 5, 50)
+            assert lines.slice(1, 0, 9) == [5]
+            stores.close()
 
 
 def test_a_timeline_is_newest_first_and_sliced_like_a_list(stores: Stores) -> None:
