@@ -17,9 +17,10 @@ storage has returned: by value, a list of posts is copied at every step; by refe
     graph.py, data/             who follows whom
     stores.py                   where services keep things: memory, SQLite, Redis
     variants.py                 how lists of posts travel
-    services.py                 what each service does
+    services.py, storage.py     what each service does: those that keep nothing, those that keep something
     roles.py, hosts.py          starting services, in any process; the processes, for the launcher
     web.py                      HTTP in front
     profiles.py, load.py        which requests are made; making them on schedule, and how long they take
-    fill.py, session.py         users, followers and posts to begin with; one run, with all variants in turn
+    fill.py, checks.py          users, followers and posts to begin with; whether the application does what it is for
+    session.py                  one run, with all variants in turn
 """

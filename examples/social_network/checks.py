@@ -39,7 +39,7 @@ def timeline(one: Generator, kind: Kind, user: int, start: int = 0, stop: int = 
         Wrong: they are not newest first.
     """
     reply = one.ask(Request(kind, REQ_ID, one.variant.name, user, start, stop))
-    posts = one.variant.posts(one._host, reply)
+    posts = one.variant.posts(one.host, reply)
     times = [post.timestamp for post in posts]
     if times != sorted(times, reverse=True):
         raise Wrong(f"{kind.name} of {user}: not newest first")

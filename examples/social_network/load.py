@@ -116,7 +116,7 @@ class Generator:
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         self.variant = VARIANTS[variant]
-        self._host = host
+        self.host = host
         self._clients: list[Any] = [
             host.connect(
                 service,
@@ -159,7 +159,7 @@ class Generator:
         client = next(self._turn)
         try:
             reply = await client.aio.handle(request)
-            posts = self.variant.posts(self._host, reply)
+            posts = self.variant.posts(self.host, reply)
         except DmError as error:
             if tally is not None:
                 tally.errors[type(failure_of(error) or error).__name__] += 1
