@@ -213,8 +213,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = argparse.ArgumentParser(prog="client", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--variants", type=_variants, default=["value", "cxl"], metavar="NAME,...",
-        help=f"some of {', '.join(VARIANTS)}  [default: value,cxl]")  # fmt: skip
+    add("--variants", type=_variants, default=["value", "cxl", "cxl-ref"], metavar="NAME,...",
+        help=f"some of {', '.join(VARIANTS)}  [default: value,cxl,cxl-ref]")  # fmt: skip
     add("--profile", choices=tuple(PROFILES), default="heavy", help="[default: heavy]")
     add("--graph", type=Path, metavar="FILE",
         help="who follows whom: lines of two numbers  [default: data/socfb-Reed98.edges]")  # fmt: skip
