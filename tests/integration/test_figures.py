@@ -137,6 +137,22 @@ def test_variants_have_names_and_colours_of_their_own() -> None:
     assert len({variant.colour for variant in REGISTRY.values()}) == len(REGISTRY)
 
 
+@pytest.mark.parametrize("name", ["net", "net-copy"])
+def test_memory_servers_do_the_same_work_and_leave_nothing_behind(name: str) -> None:
+    variant = REGISTRY[name]
+    assert isinstance(variant, Writing)
+    with running(options()) as runner:
+        with fig08.parties(runner, [name], {}) as who:
+            params = {"block": 32 << 10, "stored": 4096, "window": 1, "share": 50.0}
+            cases = [fig08.case(who[name], name, mode, params, "tcp") for mode in variant.modes]
+            for series in runner.measure(cases):
+                assert len(series.samples) == 2
+                assert series.samples[0].cpu_ns[f"{name}-server"] >= 0
+            [server] = (who[name].pids or dict)().values()
+        assert not Path(f"/proc/{server}").exists()
+        assert not runner.foreign
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ray", "ray-cg", "spark"])
 def test_clusters_do_the_same_work_and_leave_nothing_behind(name: str) -> None:
