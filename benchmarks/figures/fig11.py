@@ -27,7 +27,8 @@ CLAIMS = (
     "3.1 x the request rate of by value, 2.5 x lower mean latency, lower tails at equal rates (over the network; with CXL it was not measured)",
 )
 VARIANTS = ("value", "cxl")
-"""To have another one measured: a class in examples/social_network/variants.py, and its name here."""
+"""To have another one measured: a class in examples/social_network/variants.py, and its name here. Services on memory servers need
+processes of their own, whose hosts are attached with dm="net": start_network() starts them."""
 MORE_VARIANTS = ("cxl-ref", "cxl-posts")  # by reference however small; capacity only
 PROFILES = ("original", "heavy", "media")
 RATED = PROFILES  # those with rates, not capacity alone
