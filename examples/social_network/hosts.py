@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -73,8 +74,11 @@ def words_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def folder_of(fabric: str, folder: str) -> Path:
-    """Return where the files of a run are."""
-    return Path(folder) if folder else Path(tempfile.gettempdir()) / f"social-network-{fabric}"
+    """Return where the files of a run are: temporary ones where the launcher removes them, however the run ends."""
+    if folder:
+        return Path(folder)
+    temporary = os.environ.get("DMRPC_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(temporary) / f"social-network-{fabric}"
 
 
 def stores_of(fabric: str, options: argparse.Namespace) -> Stores:

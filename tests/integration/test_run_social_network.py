@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.social_network.hosts import folder_of, programs
+from examples.social_network.hosts import programs
 from tests.runs import CHECKOUT, Run, Start, starting
 
 BACK = "frames are back in the pool, and no Ref is alive"
@@ -30,6 +31,11 @@ def words(*options: str) -> list[str]:
     return ["--size", "64M", *given]
 
 
+def temporary_folders() -> set[Path]:
+    """Return the folders of runs without one of their own that are still there."""
+    return set(Path(tempfile.gettempdir()).glob("social-network-*"))
+
+
 def cells_of(run: Run, name: str) -> list[float]:
     """Return the numbers of a row of the table."""
     for line in run.lines_of("client"):
@@ -40,6 +46,7 @@ def cells_of(run: Run, name: str) -> list[float]:
 
 
 def test_a_run_fills_checks_compares_and_leaves_nothing(start: Start) -> None:
+    before = temporary_folders()
     variants = "value,cxl,cxl-ref,cxl-posts"
     options = (*FEW, "--variants", variants, "--rate", "50", "--seed", "7")
     run = start(*words(*options), cwd=CHECKOUT)
@@ -52,15 +59,17 @@ def test_a_run_fills_checks_compares_and_leaves_nothing(start: Start) -> None:
     assert min(done) > 0
     value, _, by_ref, posts = cells_of(run, "bytes through proxy")
     assert value > 5 * max(by_ref, posts)
-    assert not folder_of(run.fabric, "").exists()
+    assert temporary_folders() == before
 
 
 def test_a_run_by_a_service_that_is_not_there_ends_with_its_status(start: Start) -> None:
+    before = temporary_folders()
     options = words("--compact", "--store", "redis", "--redis", "redis://127.0.0.1:1", *FEW)
     run = start("--grace", "1", *options, cwd=CHECKOUT)
     assert run.end() != 0, run.output
     assert "Error" in run.output
     assert BACK in run.output
+    assert temporary_folders() == before
 
 
 def test_it_serves_http_until_it_is_interrupted_and_finds_its_files_again(
