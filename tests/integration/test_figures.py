@@ -53,6 +53,21 @@ def test_a_slice_of_a_figure_is_measured_plotted_and_reported(name: str, tmp_pat
         assert point["per_second"]["min"] > 0
 
 
+def test_the_social_network_is_measured_at_equal_rates_and_movers_pass_what_they_must(
+    tmp_path: Path,
+) -> None:
+    found = measured("fig11", tmp_path)
+    points = Points(found["points"])
+    rated = points.select(profile="heavy", share=0.5)
+    assert {one["variant"] for one in rated} == {"value", "cxl"}
+    assert len({one["params"]["rate"] for one in rated}) == 1
+    for one in points.points:
+        assert one["each"]["bytes_proxy"] == one["each"]["bytes_php-fpm"]
+        assert 0 < one["latency_us"]["p50"] <= one["latency_us"]["p99"]
+    assert found["tables"][0]["rows"]
+    assert any("capacity" in one["what"] for one in found["bars"])
+
+
 def test_chains_send_as_many_bytes_for_a_large_array_by_ref_as_for_a_small_one(
     tmp_path: Path,
 ) -> None:
