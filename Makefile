@@ -29,8 +29,12 @@ MAKEFLAGS += --no-builtin-rules
 run: $(VENV)/.native $(VENV)/.examples ## Start a fabric with a coordinator and hosts, and run the demonstration on it
 	PYTHON=$(abspath $(PY)) PATH="$(abspath $(VENV)/bin):$$PATH" scripts/run_fabric.sh $(ARGS)
 
+.PHONY: social
+social: $(VENV)/.native $(VENV)/.social ## Run the social network: fill it, check it, compare by value and by reference; HTTP is on while it runs
+	$(PY) -m examples.social_network $(if $(ARGS),-- $(ARGS))
+
 .PHONY: examples
-examples: $(VENV)/.native $(VENV)/.examples ## Run every program of examples/ with its default arguments
+examples: $(VENV)/.native $(VENV)/.examples $(VENV)/.social ## Run every program of examples/ with its default arguments
 	@for module in $(EXAMPLES); do echo "== $$module"; $(PY) -m $$module; done
 
 .PHONY: bench
@@ -38,7 +42,7 @@ bench: $(VENV)/.native $(VENV)/.bench ## Measure, and print ratios [ARGS="..." i
 	$(PY) -m benchmarks.bench $(ARGS)
 
 .PHONY: figures figures-quick figures-clusters
-FIGURES := $(VENV)/.native $(VENV)/.examples $(VENV)/.figures
+FIGURES := $(VENV)/.native $(VENV)/.examples $(VENV)/.social $(VENV)/.figures
 figures: $(FIGURES) ## Run the paper's experiments, write docs/results.md and its pictures; 40 minutes [ARGS="--only fig07"]
 	$(PY) -m benchmarks.figures --publish $(ARGS)
 figures-quick: $(FIGURES) ## The same with fewer points, into build/figures only; 4 minutes
@@ -49,7 +53,7 @@ figures-clusters: $(FIGURES) $(VENV)/.ray $(VENV)/.spark ## The same as figures,
 ##@ Test
 
 .PHONY: test
-test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples $(VENV)/.figures ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
+test: $(VENV)/.native $(VENV)/.test $(VENV)/.examples $(VENV)/.social $(VENV)/.redis $(VENV)/.figures ctest ## Run the C unit tests, then pytest [ARGS="-k name" is handed on to pytest]
 	$(PY) -m pytest $(ARGS)
 
 .PHONY: ctest asan tsan
@@ -100,7 +104,7 @@ check-lint: $(VENV)/.dev ## Lint the Python
 	$(PY) -m ruff check .
 
 .PHONY: check-types
-check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test $(VENV)/.figures ## Check the types: mypy, strict on the packages
+check-types: $(VENV)/.native $(VENV)/.dev $(VENV)/.test $(VENV)/.social $(VENV)/.figures ## Check the types: mypy, strict on the packages
 	$(PY) scripts/check_types.py
 
 .PHONY: check-c
@@ -185,7 +189,7 @@ $(VENV)/.native: $(VENV)/.package $(NATIVE_SOURCES)
 	@$(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
-EXTRAS := test dev examples bench fuzz figures ray spark
+EXTRAS := test dev examples social redis bench fuzz figures ray spark
 $(EXTRAS:%=$(VENV)/.%): $(VENV)/.created setup.cfg
 	@echo "Installing the $(@F:.%=%) tools"
 	@$(PY) scripts/requirements.py $(@F:.%=%) | $(INSTALL) -r /dev/stdin

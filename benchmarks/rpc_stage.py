@@ -88,7 +88,7 @@ def traffic(host: dmrpc_cxl.Host | None) -> dict[str, int]:
         ),
         "sleeps": sum(ring["sleeps"] for ring in rings),
         "bells_rung": sum(ring["bells_rung"] for ring in rings),
-        "bytes_copied": stats["bytes_copied"],
+        "bytes_copied": stats.get("bytes_copied", 0),  # without the pool nothing is
     }
 
 

@@ -32,13 +32,12 @@ if TYPE_CHECKING:
         Host,
         Passing,
         Server,
+        attach,
         current_call,
         first_done,
         move,
         pass_on,
     )
-
-    attach = Host.attach
 
 __all__ = [
     "Buffer",
@@ -67,7 +66,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_HOMES.get(name, ".rpc"), __name__)
-    value = module.Host.attach if name == "attach" else getattr(module, name)
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -34,7 +34,82 @@ HostType = TypeVar("HostType", bound="Host")
 _DEVICE_FOLDER = "/dev/shm"
 
 
-class Host(_native.Host):
+class Arrays:
+    """Arrays in the memory of a host, whichever that is."""
+
+    ralloc: Any
+    emulates_latency: Any
+    charge: Any
+
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
+        """Return an uninitialised ndarray that lives in DM; its memory is freed with its last view."""
+        return self._array(shape, np.dtype(dtype), zero=False)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
+        """Return an ndarray of zeros that lives in DM; its memory is freed with its last view."""
+        return self._array(shape, np.dtype(dtype), zero=True)
+
+    def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
+        """Return a copy of values as an ndarray that lives in DM."""
+        source = np.asarray(values, dtype)
+        target = self._array(source.shape, source.dtype, zero=False)
+        target[...] = source
+        if self.emulates_latency:
+            self.charge(source.nbytes)
+        return target
+
+    def _array(
+        self, shape: int | tuple[int, ...], dtype: np.dtype[Any], *, zero: bool
+    ) -> npt.NDArray[Any]:
+        if dtype.hasobject:
+            raise TypeError(
+                f"{dtype} holds Python objects, whose pointers mean nothing to other processes"
+            )
+        try:
+            lengths: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
+        except TypeError:
+            lengths = tuple(operator.index(length) for length in shape)  # type: ignore[union-attr]
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"negative dimensions are not allowed: {shape}")
+        nbytes = dtype.itemsize * math.prod(lengths)
+        buffer = self.ralloc(max(nbytes, 1), zero=zero)
+        array: npt.NDArray[Any] = buffer.numpy(dtype, lengths)
+        return array
+
+
+class Names:
+    """The name service, asked by whoever has ``_ask``."""
+
+    def publish(self, name: str, endpoint: Any) -> None:
+        """Publish a service of this host under a name, until withdrawn or until this host leaves or dies.
+
+        Args:
+            name: not empty; unique in the fabric.
+            endpoint: what others need to reach the service: any JSON value but null, at most 4096 bytes.
+
+        Raises:
+            ServiceExists: a live host has published that name.
+        """
+        self._ask("PUBLISH", {"name": name, "endpoint": endpoint})
+
+    def withdraw(self, name: str) -> None:
+        """Take back a service that this host published; raise ServiceNotFound if there is none."""
+        self._ask("WITHDRAW", {"name": name})
+
+    def lookup(self, name: str) -> dict[str, Any]:
+        """Return ``{"name", "endpoint", "host"}`` of a service; raise ServiceNotFound if there is none."""
+        return self._ask("LOOKUP", {"name": name})
+
+    def services(self, prefix: str = "") -> list[dict[str, Any]]:
+        """List the published services whose names begin with prefix."""
+        found: list[dict[str, Any]] = self._ask("LIST", {"prefix": prefix})["services"]
+        return found
+
+    def _ask(self, kind: str, question: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Host(Arrays, Names, _native.Host):
     """A process attached to a fabric. Made by :func:`attach`; thread-safe; not usable in forked children."""
 
     @classmethod
@@ -154,66 +229,7 @@ class Host(_native.Host):
             **self._latency_counts(),
         )
 
-    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
-        """Return an uninitialised ndarray that lives in DM; its memory is freed with its last view."""
-        return self._array(shape, np.dtype(dtype), zero=False)
-
-    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
-        """Return an ndarray of zeros that lives in DM; its memory is freed with its last view."""
-        return self._array(shape, np.dtype(dtype), zero=True)
-
-    def array(self, values: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-        """Return a copy of values as an ndarray that lives in DM."""
-        source = np.asarray(values, dtype)
-        target = self._array(source.shape, source.dtype, zero=False)
-        target[...] = source
-        if self.emulates_latency:
-            self.charge(source.nbytes)
-        return target
-
-    def publish(self, name: str, endpoint: Any) -> None:
-        """Publish a service of this host under a name, until withdrawn or until this host leaves or dies.
-
-        Args:
-            name: not empty; unique in the fabric.
-            endpoint: what others need to reach the service: any JSON value but null, at most 4096 bytes.
-
-        Raises:
-            ServiceExists: a live host has published that name.
-        """
-        self._ask("PUBLISH", {"name": name, "endpoint": endpoint})
-
-    def withdraw(self, name: str) -> None:
-        """Take back a service that this host published; raise ServiceNotFound if there is none."""
-        self._ask("WITHDRAW", {"name": name})
-
-    def lookup(self, name: str) -> dict[str, Any]:
-        """Return ``{"name", "endpoint", "host"}`` of a service; raise ServiceNotFound if there is none."""
-        return self._ask("LOOKUP", {"name": name})
-
-    def services(self, prefix: str = "") -> list[dict[str, Any]]:
-        """List the published services whose names begin with prefix."""
-        found: list[dict[str, Any]] = self._ask("LIST", {"prefix": prefix})["services"]
-        return found
-
     def _ask(self, kind: str, question: dict[str, Any]) -> dict[str, Any]:
         payload = json.dumps(question).encode()
         answer: dict[str, Any] = json.loads(self.request(_native.WIRE["types"][kind], payload))
         return answer
-
-    def _array(
-        self, shape: int | tuple[int, ...], dtype: np.dtype[Any], *, zero: bool
-    ) -> npt.NDArray[Any]:
-        if dtype.hasobject:
-            raise TypeError(
-                f"{dtype} holds Python objects, whose pointers mean nothing to other processes"
-            )
-        try:
-            lengths: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
-        except TypeError:
-            lengths = tuple(operator.index(length) for length in shape)  # type: ignore[union-attr]
-        if any(length < 0 for length in lengths):
-            raise ValueError(f"negative dimensions are not allowed: {shape}")
-        nbytes = dtype.itemsize * math.prod(lengths)
-        buffer = self.ralloc(max(nbytes, 1), zero=zero)
-        return buffer.numpy(dtype, lengths)

@@ -5,6 +5,8 @@ A map of the package:
 ==============  ========================================================================================
 ``client``      attach, Client: the paper's Table II over the network, and what becomes of connections
 ``aio``         the same calls for asyncio
+``memory``      the servers as the memory of a host: arrays that are fetched when they are looked at
+``host``        hosts for services that have it instead of the pool, or beside it
 ``server``      the command ``dmrpc net-server``
 ``greeting``    the first words on a connection
 ``errors``      what is raised beside the exceptions of ``dmrpc_cxl.errors``

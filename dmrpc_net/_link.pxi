@@ -8,11 +8,14 @@
 
 cimport cython
 from cpython.buffer cimport (
+    PyBuffer_FillInfo,
     PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
+
+from libc.errno cimport errno
 
 import struct as _struct
 import time as _time
@@ -156,12 +159,13 @@ cdef class Link:
             "bytes_out": self.l.bytes_out,
         }
 
-    cdef bint post(self, net_op op, uint64_t a, uint64_t b) noexcept:
+    cdef bint post(self, net_op op, uint64_t a, uint64_t b, int flags=0) noexcept:
         cdef net_request q
         if self.l == NULL or self.l.owner != getpid():
             return False
         memset(&q, 0, sizeof(q))
         q.op = op
+        q.flags = <uint8_t>flags
         q.a = a
         q.b = b
         return net_link_post(self.l, &q)
@@ -280,11 +284,13 @@ cdef class Call:
 
     cdef int finish(self) except -1:
         cdef net_op op = <net_op>self.c.request.op
-        if self.ref is not None and op == NET_ACCEPT_REF:
+        if self.ref is not None and op == NET_ACCEPT_REF and not self.c.request.flags & NET_ANEW:
             self.ref.link = self.link
             self.ref.ours = True
         elif self.ref is not None:
             self.ref.spent = True
+        if op == NET_ACCEPT_REF and self.c.request.flags & NET_ANEW:
+            self.value = _ref_held(self.client, self.link, self.c.a, self.c.request.b)
         if op == NET_RALLOC or op == NET_MAP_REF:
             self.value = self.c.a
         elif op == NET_CREATE_REF or op == NET_CLONE_REF:
@@ -630,9 +636,16 @@ cdef class Operations:
         call.c.request.flags = NET_READ_ONLY if read_only else 0
         return self.dispatch(call)
 
-    def accept_ref(self, ref, *, timeout=None):
-        """Become a Ref's holder."""
+    def accept_ref(self, ref, *, anew=False, timeout=None):
+        """Become a Ref's holder.
+
+        Args:
+            ref: a Ref, or the bytes of one.
+            anew: return it as another Ref, and have the bytes that it came in be of no use to anybody any more: its
+                sender, which drops what nobody accepted, may be this process as well.
+        """
         cdef Call call = self.at_ref(NET_ACCEPT_REF, "accept_ref", ref, timeout)
+        call.c.request.flags = NET_ANEW if anew else 0
         if not isinstance(ref, Ref):
             call.ref = None  # whoever has the bytes has to see to it
         return self.dispatch(call)
@@ -643,11 +656,42 @@ cdef class Operations:
         call.ref = None
         return self.dispatch(call)
 
-    def drop_ref(self, ref, *, timeout=None):
-        """Give a Ref up; tell whether it was this process's."""
+    def drop_ref(self, ref, *, anybodys=False, timeout=None):
+        """Give a Ref up; tell whether it was this process's.
+
+        Args:
+            ref: a Ref, or the bytes of one.
+            anybodys: drop it whoever holds it: of a message that nobody will read. Who accepted it anew keeps it.
+        """
+        cdef Call call
         if isinstance(ref, Ref) and (<Ref>ref).spent:
             return self.known(False)
-        return self.dispatch(self.at_ref(NET_DROP_REF, "drop_ref", ref, timeout))
+        call = self.at_ref(NET_DROP_REF, "drop_ref", ref, timeout)
+        call.c.request.flags = NET_ANYBODYS if anybodys else 0
+        return self.dispatch(call)
+
+    def forget_refs(self, wires):
+        """Drop Refs, given by their bytes, whoever holds them, without waiting; return those that could not be sent at once."""
+        cdef net_ref_wire w
+        cdef Client client = self.client
+        cdef Link link
+        left = []
+        for raw in wires:
+            if len(raw) != sizeof(w):
+                continue
+            memcpy(&w, PyBytes_AS_STRING(raw), sizeof(w))
+            if w.flags != NET_REF_TAG:
+                continue
+            place = w.server * NET_MAX_SHARDS + w.shard
+            if w.shard >= NET_MAX_SHARDS or place >= len(client.links) or client.links[place] is None:
+                left.append(raw)
+                continue
+            link = client.links[place]
+            if not link.post(NET_DROP_REF, w.key, w.length, NET_ANYBODYS):
+                link.pump()  # many answers that nobody waits for: read them
+                if not link.post(NET_DROP_REF, w.key, w.length, NET_ANYBODYS):
+                    left.append(raw)
+        return left
 
     def ref_is_held(self, ref, *, timeout=None):
         """Tell whether this process is the holder of a Ref that nobody has used."""
@@ -749,7 +793,7 @@ cdef class Client(Operations):
     cdef list links        # by server * NET_MAX_SHARDS + shard; None: not open yet
     cdef list rota         # (server, shard) that take turns
     cdef uint64_t turn
-    cdef double patience   # seconds
+    cdef readonly double patience  # seconds that a call may take
     cdef readonly bint is_closed
     cdef readonly int owner
     cdef public uint64_t max_transfer  # bytes of one request

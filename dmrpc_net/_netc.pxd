@@ -56,6 +56,8 @@ cdef extern from "net_wire.h" nogil:
         NET_MOVE
         NET_READ_ONLY
         NET_KEEP
+        NET_ANEW
+        NET_ANYBODYS
 
     enum net_status:
         NET_OK
@@ -262,3 +264,50 @@ cdef extern from "net_server.h" nogil:
     bint net_conn_step(net_conn *c)
     int net_conn_want(net_conn *c, iovec *iov, int max)
     void net_conn_got(net_conn *c, uint64_t n)
+
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct sockaddr:
+        pass
+    ctypedef unsigned int socklen_t
+
+
+cdef extern from "net_pager.h" nogil:
+    enum:
+        NET_PAGE
+
+    struct net_pager:
+        pass
+
+    struct net_region:
+        char *base
+        uint64_t nr_pages
+        uint64_t length
+        uint64_t key
+        uint16_t server
+        uint16_t shard
+        bint whole
+        bint dirty
+        bint failed
+        uint64_t nr_present
+
+    struct net_pager_stats_t "net_pager_stats":
+        uint64_t nr_faults
+        uint64_t nr_stores
+        uint64_t nr_requests
+        uint64_t bytes_fetched
+        uint64_t nr_failed
+        uint64_t nr_regions
+
+    net_pager *net_pager_new(uint64_t deadline_ns)
+    void net_pager_free(net_pager *p)
+    bint net_pager_poisons(const net_pager *p)
+    int net_pager_route(net_pager *p, const sockaddr *address, socklen_t length, const net_hello *hello, uint16_t server)
+    char *net_pager_map(uint64_t nr_pages)
+    void net_pager_unmap(char *base, uint64_t nr_pages)
+    int net_pager_add(net_pager *p, net_region *r, bint all_present)
+    void net_pager_remove(net_pager *p, net_region *r)
+    int net_pager_protect(net_pager *p, net_region *r)
+    int net_pager_supply(net_pager *p, net_region *r, const char *bytes)
+    void net_pager_settle(net_pager *p, net_region *r)
+    void net_pager_stats(net_pager *p, net_pager_stats_t *to)

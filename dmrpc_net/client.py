@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dmrpc_cxl.errors import BadSize, DeadlineExceeded, MisuseError, RemoteProtocolError
+from dmrpc_cxl.errors import BadRef, BadSize, DeadlineExceeded, MisuseError, RemoteProtocolError
 
 from . import _native
 from ._native import OUTCOME_CLOSED, OUTCOME_LOST, WIRE, Link, Pipeline
@@ -33,8 +33,10 @@ from .greeting import (
     Welcome,
     connect,
     greet,
+    hello_of,
     parse_address,
     show_address,
+    sockaddr_of,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +85,8 @@ class Client(_native.Client):
     ) -> None:
         """Say hello to all servers; see :func:`attach`."""
         super().__init__(deadline)
-        self._secret = secret
+        self.secret = secret
+        self.addresses = tuple(map(show_address, addresses))
         self._token = secrets.randbits(64) or 1
         self._servers = [_Server(number, address) for number, address in enumerate(addresses)]
         self._aio: Aio | None = None
@@ -132,7 +135,7 @@ class Client(_native.Client):
                 sock,
                 until,
                 kind=WIRE["control"],
-                secret=self._secret,
+                secret=self.secret,
                 token=self._token,
                 pid=self.pid,
             )
@@ -231,7 +234,7 @@ class Client(_native.Client):
                 sock,
                 until,
                 kind=WIRE["data"],
-                secret=self._secret,
+                secret=self.secret,
                 token=self._token,
                 pid=self.pid,
                 shard=link.shard,
@@ -306,6 +309,42 @@ class Client(_native.Client):
             if isinstance(error, DeadlineExceeded):
                 raise ServerLost(str(error)) from error
             raise
+
+    # ---------------------------------------------------------------- for who reads beside this client
+
+    def session_of(self, server: int) -> int:
+        """Return how often this process has begun anew at a server."""
+        return self._servers[server].session if server < len(self._servers) else -1
+
+    def introduction(self, server: int, shard: int) -> tuple[bytes, bytes]:
+        """Return a server's address and the hello of a data connection, as C has them, for connecting without Python.
+
+        Whoever uses them has this client's data connection to that shard: this client must not be used for it.
+
+        Raises:
+            BadRef: there is no such shard.
+            ServerLost: there is no server.
+        """
+        if server >= len(self._servers) or shard >= self._about(self._servers[server]).nr_shards:
+            raise BadRef(f"there is no shard {shard} on a server {server}")
+        at = self._servers[server]
+        until = time.monotonic() + LONGEST_PAUSE * 10
+        with at.locked(until):
+            if at.control is not None and self._control_ended(at.control):
+                self._lose(at)
+                at.retry_at = 0.0
+            if at.control is None:
+                self._rejoin(at, until)
+            assert at.control is not None
+            hello = hello_of(
+                kind=WIRE["data"],
+                secret=self.secret,
+                token=self._token,
+                pid=self.pid,
+                shard=shard,
+                session=at.session,
+            )
+            return sockaddr_of(at.control), hello
 
     # ---------------------------------------------------------------- more ways to call
 

@@ -93,6 +93,13 @@ def connect(address: Address, deadline: float) -> socket.socket:
     return sock
 
 
+def hello_of(
+    *, kind: int, secret: bytes, token: int, pid: int = 0, shard: int = 0, session: int = 0
+) -> bytes:
+    """Return the bytes of a hello."""
+    return _HELLO.pack(WIRE["magic"], WIRE["version"], kind, secret, token, pid, shard, session, 0)
+
+
 def greet(
     sock: socket.socket,
     deadline: float,
@@ -111,7 +118,7 @@ def greet(
         DeadlineExceeded: it does not answer.
         ServerLost: it hung up.
     """
-    hello = _HELLO.pack(WIRE["magic"], WIRE["version"], kind, secret, token, pid, shard, session, 0)
+    hello = hello_of(kind=kind, secret=secret, token=token, pid=pid, shard=shard, session=session)
     raw = b""
     try:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -139,3 +146,23 @@ def greet(
     if status:
         raise error_of(status, "attach")
     return Welcome(**fields)
+
+
+def sockaddr_of(sock: socket.socket) -> bytes:
+    """Return the bytes of the struct sockaddr that a socket is connected to."""
+    peer = sock.getpeername()
+    if sock.family == socket.AF_UNIX:
+        path = os.fsencode(peer) if isinstance(peer, str) else peer
+        return struct.pack("=H", socket.AF_UNIX) + path + b"\0"
+    if sock.family == socket.AF_INET:
+        return struct.pack("=H", socket.AF_INET) + struct.pack(
+            "!H4s8x", peer[1], socket.inet_aton(peer[0])
+        )
+    if sock.family == socket.AF_INET6:
+        raw = socket.inet_pton(socket.AF_INET6, peer[0].partition("%")[0])
+        return (
+            struct.pack("=H", socket.AF_INET6)
+            + struct.pack("!HI16s", peer[1], 0, raw)
+            + (struct.pack("=I", peer[3]))
+        )
+    raise MisuseError(f"no address of family {sock.family}")

@@ -81,7 +81,7 @@ def attach(**options: Any) -> dmrpc_cxl.Host:
         DmError: as ``dmrpc_cxl.attach``.
     """
     place = Place.of_environment()
-    return dmrpc_cxl.attach(
+    host: dmrpc_cxl.Host = dmrpc_cxl.attach(
         place.fabric,
         **{
             "name": place.host_name,
@@ -90,3 +90,4 @@ def attach(**options: Any) -> dmrpc_cxl.Host:
             **options,
         },
     )
+    return host

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import plots, report
 from .runner import Case, Options, Ticker, facts
 
-FIGURES = ("e0", "fig05", "fig06", "fig07", "fig08", "fig10", "fig12")
+FIGURES = ("e0", "fig05", "fig06", "fig07", "fig08", "fig10", "fig11", "fig12")
 
 
 class Bars(Ticker):

@@ -35,6 +35,7 @@ EVERYONE = (
     ("cxl", "fresh"),
     ("cxl", "shared"),
     ("cxl-copy", "shared"),
+    ("net", "fresh"),
     ("store", "fresh"),
     ("shm", "fresh"),
     ("ray", "fresh"),
@@ -44,10 +45,12 @@ RING_ONLY = (
     ("cxl", "pre-shared"),
     ("cxl-1", "shared"),
     ("cxl-copy", "pre-shared"),
+    ("net", "pre-shared"),
+    ("net-copy", "pre-shared"),
     ("shm", "pre-shared"),
     ("spark", "fresh"),
 )
-PIPELINED = ("value", "cxl", "cxl-copy", "shm", "ray", "ray-cg")
+PIPELINED = ("value", "cxl", "cxl-copy", "net", "shm", "ray", "ray-cg")
 IN_ORDER = ("cxl", "shared")
 
 
@@ -143,7 +146,7 @@ def cases(
                 transport,
             )
             for name in PIPELINED
-            if name in who and (transport == "ring" or name in ("value", "cxl", "ray"))
+            if name in who and (transport == "ring" or name in ("value", "cxl", "net", "ray"))
             for share in (0.0, 100.0)
         ]
         if transport == "ring":

@@ -28,7 +28,7 @@ struct dm_frame {
 enum dm_frame_limit {
     DM_FRAME_HEADER = 40,
     DM_FRAME_REF = 40,
-    DM_FRAME_KNOWN_FLAGS = 15,
+    DM_FRAME_KNOWN_FLAGS = 63,
     DM_FRAME_MAX_REFS = 0xffff,
     DM_FRAME_MAX_META = 64 << 10,
     DM_FRAME_MAX_BYTES = 1 << 30,

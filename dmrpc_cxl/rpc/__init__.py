@@ -14,11 +14,13 @@
 ``link``            a service's methods, and reconnecting
 ``connection``      what all clients share; ``remote_errors``: exceptions that arrive
 ``forwarder``       a load balancer, or a gate, that passes calls on as they are; ``passing``: what it sees of one
+``places``          where large data goes: the pool, or memory servers
+``attaching``       joining a fabric; ``host``: all of it on the host
 ``objects``         any picklable object in DM
-``host``            all of it on the host
 ==================  ====================================================================================
 """
 
+from .attaching import attach
 from .calls import Call, current_call
 from .client import Client, Outbound
 from .forwarder import Forwarder
@@ -38,6 +40,7 @@ __all__ = [
     "Outbound",
     "Passing",
     "Server",
+    "attach",
     "current_call",
     "first_done",
     "move",

@@ -21,7 +21,6 @@ from ..errors import (
     ProtocolViolation,
     ServiceNotFound,
 )
-from ..host import Host
 from . import frames
 from .calls import _current
 from .channel import Channel, Parts
@@ -31,6 +30,7 @@ from .forks import release
 from .frames import Welcome
 from .link import Backoff, Link, MethodTable
 from .marshal import Encoded, Reader
+from .places import Attachment
 
 __all__ = ["AsyncMethods"]
 
@@ -64,7 +64,7 @@ class AsyncConnection(Connection):
 
     def __init__(
         self,
-        host: Host,
+        host: Attachment,
         service: str,
         channel: Channel,
         welcome: Welcome,

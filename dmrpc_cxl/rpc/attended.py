@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable
 
 from ..errors import PeerLost
-from ..host import Host
 from .calls import Call
 from .channel import Channel, Parts, RingChannel, TcpChannel
 from .frames import REF_BYTES, Frame
+from .places import Attachment
 
 __all__ = ["Attended"]
 
@@ -44,7 +44,7 @@ class Attended:
         "unsettled",
     )
 
-    def __init__(self, channel: Channel, key: int, host: Host) -> None:
+    def __init__(self, channel: Channel, key: int, host: Attachment) -> None:
         self.channel = channel
         self.key = key
         self.host = host

@@ -210,6 +210,7 @@ class Prepared:
         self.number, self.method = table.get(self.link.service, self.name)
         self.reader = table.readers[self.name]
         self.table = table
+        self.flags = FLAGS_OF[self.options.transfer] | table.flags
 
     def deadline(self, timeout: float | None) -> float | None:
         """Return when the call is to end: its own time-out, or the caller's up the chain."""
@@ -239,7 +240,8 @@ class Prepared:
             body = marshaller.plain(arguments, transfer)
             if body is not None:
                 return _new_tuple(Encoded, (body, 0, b"", (), 0, ()))
-        return marshaller.write(arguments, transfer, serializer)
+        assert self.table is not None
+        return marshaller.write(arguments, transfer, serializer, reach=self.table.reach)
 
     def head(
         self, call_id: int, encoded: Encoded, meta: bytes, left: float | None, max_frame: int

@@ -19,11 +19,11 @@ from ..errors import (
     RefConsumed,
     RemoteProtocolError,
 )
-from ..host import Host
 from . import frames
 from .channel import Channel
 from .frames import ERROR, PICKLED, REPLY, Frame, Kind, Welcome
 from .marshal import Reader
+from .places import Attachment
 from .remote_errors import error_of
 
 __all__ = ["Connection", "Pending"]
@@ -49,7 +49,7 @@ class Pending:
 class Connection:
     """What the two kinds of client share: ids, calls without reply, what happens to a frame that came."""
 
-    def __init__(self, host: Host, service: str, channel: Channel, welcome: Welcome) -> None:
+    def __init__(self, host: Attachment, service: str, channel: Channel, welcome: Welcome) -> None:
         self.host = host
         self.service = service
         self.channel = channel

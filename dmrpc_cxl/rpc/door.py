@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import AccessDenied, DmError, InterfaceMismatch, Overloaded, PeerError
-from ..host import Host
 from . import frames
 from .channel import Channel
 from .endpoint import Handshake, listen_tcp, listen_unix
 from .frames import Code, Welcome
+from .places import Attachment
 
 __all__ = ["Door"]
 
@@ -45,7 +45,7 @@ class Door:
 
     def __init__(
         self,
-        host: Host,
+        host: Attachment,
         name: str,
         welcome: Callable[[], Welcome],
         ring_bytes: int,

@@ -30,10 +30,10 @@ from ..errors import (
     ServiceNotFound,
     ServiceStopping,
 )
-from ..host import Host
 from . import frames
 from .channel import Channel, RingChannel, TcpChannel
 from .frames import Code, Frame, Hello, Kind, Welcome
+from .places import Attachment
 
 __all__ = ["Handshake", "Transport", "connect", "listen_tcp", "listen_unix"]
 
@@ -75,7 +75,7 @@ class Handshake:
         self.channel = TcpChannel(sock, MAX_HELLO_BYTES)
         self.give_up = time.monotonic() + HANDSHAKE_SECONDS
 
-    def read(self, host: Host) -> Hello | None:
+    def read(self, host: Attachment) -> Hello | None:
         """Return HELLO once it is there, checked.
 
         Raises:
@@ -161,7 +161,7 @@ def error_frame(call_id: int, code: Code, error: BaseException, traceback: str =
 
 
 def connect(
-    host: Host, service: str, transport: Transport, timeout: float
+    host: Attachment, service: str, transport: Transport, timeout: float
 ) -> tuple[Channel, Welcome]:
     """Find a service by name and connect to it.
 
@@ -208,7 +208,7 @@ def _is_endpoint(endpoint: Any) -> bool:
     )
 
 
-def _hello(host: Host, service: str, transport: str) -> bytes:
+def _hello(host: Attachment, service: str, transport: str) -> bytes:
     hello = Hello(frames.MAGIC, frames.PROTOCOL, host.fabric_id, host.secret, service, transport)
     return frames.head(Kind.HELLO, 0, body=frames.encode(hello))
 
@@ -246,7 +246,7 @@ def _receive(channel: TcpChannel, give_up: float) -> bytearray:
 
 
 def _connect_tcp(
-    host: Host, service: str, address: tuple[Any, ...], give_up: float
+    host: Attachment, service: str, address: tuple[Any, ...], give_up: float
 ) -> tuple[Channel, Welcome]:
     try:
         sock = socket.create_connection(address, timeout=max(0.01, give_up - time.monotonic()))
@@ -263,7 +263,9 @@ def _connect_tcp(
     return channel, welcome
 
 
-def _connect_ring(host: Host, service: str, name: str, give_up: float) -> tuple[Channel, Welcome]:
+def _connect_ring(
+    host: Attachment, service: str, name: str, give_up: float
+) -> tuple[Channel, Welcome]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     descriptors: list[int] = []
     try:

@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from .._native import RELAY_BROKE, RELAY_CALL, RELAY_ENDED, RELAY_FD, RELAY_LEAVING, Relay
 from ..errors import (
     AccessDenied,
@@ -39,7 +41,6 @@ from ..errors import (
     ServiceNotFound,
     WrongArguments,
 )
-from ..host import Host
 from . import endpoint
 from .channel import Channel, RingChannel, TcpChannel
 from .client import Client
@@ -49,6 +50,7 @@ from .forks import not_for_children, release
 from .frames import Code, Welcome
 from .link import Backoff
 from .passing import Passing
+from .places import Attachment
 
 __all__ = ["Forwarder", "Policy", "Route"]
 
@@ -69,7 +71,7 @@ class _Peer:
         self.backend = backend  # its name; None: a client
 
 
-def published_once(host: Host, name: str) -> None:
+def published_once(host: Attachment, name: str) -> None:
     """Raise ServiceExists if this host itself publishes that name: it might, for the name service, do so again."""
     for end in list(getattr(host, "_ends", ())):
         if not isinstance(end, Client) and end.name == name and getattr(end, "published", False):
@@ -112,7 +114,7 @@ class Forwarder:
 
     def __init__(
         self,
-        host: Host,
+        host: Attachment,
         name: str,
         backends: Sequence[str],
         *,
@@ -276,6 +278,12 @@ class Forwarder:
             raise InterfaceMismatch(f"{name} has other methods than {self._names[0]}")
         if mine is None:
             self._welcome = welcome
+        elif not set(mine.reach) <= set(welcome.reach):
+            if self._published:  # clients were told
+                channel.close()
+                raise InterfaceMismatch(f"{name} reaches less memory than {', '.join(mine.reach)}")
+            reach = tuple(place for place in mine.reach if place in welcome.reach)
+            self._welcome = msgspec.structs.replace(mine, reach=reach)
         self._backends[name] = self._add(channel, name)
 
     def _close(self, peer: _Peer, why: str, farewell: bytes | None = None) -> None:

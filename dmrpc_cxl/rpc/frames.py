@@ -55,7 +55,7 @@ __all__ = [
     "short",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER_BYTES = FRAME_LIMITS["header_bytes"]
 REF_BYTES = FRAME_LIMITS["ref_bytes"]
 MAX_REFS = FRAME_LIMITS["max_refs"]
@@ -86,6 +86,8 @@ class Flag(enum.IntFlag):
     VALUE = 4  # results by value
     REF = 8  # results by Ref
     COPY = 12  # results by Ref, copied eagerly
+    NO_POOL = 16  # ... but not to the pool: the caller does not reach it
+    SERVERS = 32  # ... and to memory servers, if need be
 
 
 # Plain integers for what every call does: operators of IntFlag cost as much as the rest of a small call.
@@ -94,6 +96,7 @@ PICKLED, BLOBS = int(Flag.PICKLED), int(Flag.BLOBS)
 SPECIAL_FLAGS = PICKLED | BLOBS
 KNOWN_FLAGS = FRAME_LIMITS["known_flags"]
 TRANSFER_MASK = 12
+NO_POOL, SERVERS_TOO = int(Flag.NO_POOL), int(Flag.SERVERS)
 
 
 class Code(enum.IntEnum):
@@ -158,6 +161,7 @@ class Welcome(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     host_id: int
     pickle: bool
     max_frame: int
+    reach: tuple[str, ...] = ("pool",)  # where Refs may lie: see places.py
 
 
 class ErrorBody(msgspec.Struct, array_like=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 from .._native import Ref
 from ..errors import MisuseError
@@ -20,6 +20,7 @@ from .frames import MAX_FRAME_BYTES
 from .interface import Interface
 from .link import Link
 from .marshal import Marshaller, Serializer, Transfer
+from .places import Place, Pool
 from .server import Interceptor, Server
 from .threshold import measured
 
@@ -28,21 +29,24 @@ __all__ = ["Host"]
 ServiceType = TypeVar("ServiceType")
 
 
-class Host(MemoryHost):
-    """A process attached to a fabric: memory, services, clients. Made by :func:`dmrpc_cxl.attach`."""
+class Services:
+    """What every host can do with services, wherever its memory is."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._threshold: int | None = None
-        self._ends: weakref.WeakSet[Server | Client | Forwarder] = weakref.WeakSet()
-        self._errands: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        """Threads that connect for an event loop; the call they do it for may have been given up."""
+    _threshold: int | None
+    _ends: weakref.WeakSet[Server | Client | Forwarder]
+    _errands: weakref.WeakSet[threading.Thread]
+    """Threads that connect for an event loop; the call they do it for may have been given up."""
+
+    def _begin(self) -> None:
+        self._threshold = None
+        self._ends = weakref.WeakSet()
+        self._errands = weakref.WeakSet()
 
     @property
     def threshold(self) -> int:
         """Bytes from which ``transfer="auto"`` goes by Ref; measured when first asked for, may be set."""
         if self._threshold is None:
-            self._threshold = measured(self)
+            self._threshold = self._measured()
         return self._threshold
 
     @threshold.setter
@@ -50,6 +54,10 @@ class Host(MemoryHost):
         if nbytes < 1:
             raise ValueError(f"a threshold of {nbytes} bytes")
         self._threshold = nbytes
+
+    def _measured(self) -> int:
+        me: Any = self
+        return measured(me)
 
     def serve(
         self,
@@ -91,10 +99,11 @@ class Host(MemoryHost):
 
         Paper: IV.
         """
-        published_once(self, name)
-        marshaller = Marshaller(self, threshold or self.threshold)
+        me: Any = self
+        published_once(me, name)
+        marshaller = Marshaller(me, threshold or self.threshold)
         server = Server(
-            self,
+            me,
             service,
             name,
             marshaller,
@@ -153,23 +162,24 @@ class Host(MemoryHost):
         """
         options = Options(timeout, transfer, serializer, dict(metadata or {}), interceptors)
         interface = Interface(service) if service is not None else None
-        marshaller = Marshaller(self, threshold or self.threshold)
-        link = Link(self, name, transport, interface, marshaller, connect_timeout)
+        me: Any = self
+        marshaller = Marshaller(me, threshold or self.threshold)
+        link = Link(me, name, transport, interface, marshaller, connect_timeout)
         link.get(None)
         client = Client(link, options)
         self._ends.add(client)
         return client
 
-    def put(self, value: Any) -> Ref:
+    def put(self, value: Any) -> Any:
         """Place any picklable object in DM, its buffers out of band; return a Ref to it.
 
         Raises:
             CannotSend: it cannot be pickled.
             OutOfFrames: there is no room.
         """
-        return objects.put(self, value)
+        return objects.put(cast("Any", self), value)
 
-    def get(self, ref: Ref | bytes) -> Any:
+    def get(self, ref: Any) -> Any:
         """Return the object that put() made a Ref to; the Ref is used up (clone() makes more).
 
         Buffers are not copied: arrays inside lie in DM, are writable, and what is stored to them is seen by nobody else.
@@ -179,7 +189,34 @@ class Host(MemoryHost):
             BadRef: no Ref, or not to an object.
             RefConsumed: used before.
         """
-        return objects.get(self, ref)
+        return objects.get(cast("Any", self), ref)
+
+    def _stop_ends(self) -> None:
+        for end in list(self._ends):
+            with contextlib.suppress(MisuseError):
+                if isinstance(end, Client):
+                    end.close()
+                else:
+                    end.stop()
+        for thread in list(self._errands):
+            thread.join()  # it has a deadline of its own
+
+
+class Host(Services, MemoryHost):
+    """A process attached to a fabric: memory, services, clients. Made by :func:`dmrpc_cxl.attach`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._begin()
+
+    def find_places(self) -> dict[type, Place]:
+        """Return where this host's large data may go; see :mod:`dmrpc_cxl.rpc.places`."""
+        return {Ref: Pool(self)}
+
+    def take_ref(self, data: bytes) -> Any:
+        """Take over a Ref that came in a message, from its bytes."""
+        # Anew: its sender, which drops what was not accepted, may be this host as well.
+        return Ref.from_bytes(data, self).accept(anew=True)
 
     def detach(self) -> None:
         """Stop services, close clients, leave the fabric; see :meth:`dmrpc_cxl.host.Host.detach`.
@@ -187,12 +224,5 @@ class Host(MemoryHost):
         A connection that is being made in the background has until its ``connect_timeout`` to notice.
         """
         if not self.detached:
-            for end in list(self._ends):
-                with contextlib.suppress(MisuseError):
-                    if isinstance(end, Client):
-                        end.close()
-                    else:
-                        end.stop()
-            for thread in list(self._errands):
-                thread.join()  # it has a deadline of its own
+            self._stop_ends()
         super().detach()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from .._native import Ref
 from .frames import Method
 from .marshal import Reader
+from .ownership import AnyRef
 
 __all__ = ["Bound", "Interface"]
 
@@ -85,7 +88,7 @@ class Interface:
             ) from error
         fields: list[Any] = []
         for parameter in parameters:
-            wanted = hints.get(parameter.name, Any)
+            wanted = _of_any_memory(hints.get(parameter.name, Any))
             default = parameter.default
             if default is inspect.Parameter.empty:
                 fields.append((parameter.name, wanted))
@@ -105,7 +108,7 @@ class Interface:
             for parameter in parameters
             if parameter.default is not inspect.Parameter.empty
         }
-        self.results[name] = hints.get("return", Any)
+        self.results[name] = _of_any_memory(hints.get("return", Any))
         self._parameters.append(_reader(name, fields))
 
     def bind(self, service: object) -> list[Bound]:
@@ -114,6 +117,22 @@ class Interface:
             Bound(method, getattr(service, method.name), reader)
             for method, reader in zip(self.methods, self._parameters, strict=True)
         ]
+
+
+def _of_any_memory(wanted: Any) -> Any:
+    """Return an annotation that takes Refs of either memory where it says Ref; fields of classes are left as they are."""
+    if wanted is Ref:
+        return AnyRef
+    args = typing.get_args(wanted)
+    if not any(arg is Ref or typing.get_args(arg) for arg in args):
+        return wanted
+    every = tuple(_of_any_memory(arg) for arg in args)
+    if isinstance(wanted, types.UnionType):
+        return typing.Union[every]  # noqa: UP007 - of a tuple
+    try:
+        return wanted.copy_with(every) if hasattr(wanted, "copy_with") else wanted.__origin__[every]
+    except (AttributeError, TypeError):
+        return wanted
 
 
 def _reader(name: str, fields: list[Any]) -> Reader:

@@ -18,13 +18,13 @@ from ..errors import (
     UnknownMethod,
     WrongArguments,
 )
-from ..host import Host
 from . import endpoint
 from .channel import Channel
 from .forks import not_for_children, release
 from .frames import Method, Welcome
 from .interface import Interface
 from .marshal import Marshaller, Reader
+from .places import Attachment, Place, common, flags_of
 from .sync import SyncConnection, SyncPending
 
 if TYPE_CHECKING:
@@ -39,9 +39,13 @@ LONGEST_BACKOFF = 1.0
 
 
 class MethodTable:
-    """The methods of a service, as the server named them."""
+    """The methods of a service, as the server named them; and where its arguments may lie."""
 
-    def __init__(self, welcome: Welcome, interface: Interface | None) -> None:
+    def __init__(
+        self, welcome: Welcome, interface: Interface | None, places: dict[type, Place]
+    ) -> None:
+        self.reach = common(places, welcome.reach)
+        self.flags = flags_of(self.reach)
         self.methods = {
             method.name: (number, method) for number, method in enumerate(welcome.methods)
         }
@@ -142,7 +146,7 @@ class Link:
 
     def __init__(
         self,
-        host: Host,
+        host: Attachment,
         service: str,
         transport: endpoint.Transport,
         interface: Interface | None,
@@ -174,7 +178,7 @@ class Link:
         try:
             if self.interface is not None:
                 check_interface(self.service, welcome, self.interface)
-            self.table = table = MethodTable(welcome, self.interface)
+            self.table = table = MethodTable(welcome, self.interface, self.marshaller.places)
         except BaseException:
             channel.close()
             raise

@@ -6,7 +6,7 @@ extension that says where to find it:
 ==  =========  =====================================================================
 1   array      (place, nbytes, dtype, shape): an ndarray
 2   blob       (place, nbytes, kind): bytes, a bytearray, a memoryview or a Buffer
-3   Ref        place: a Ref that the user sent as such
+3   Ref        place: a Ref that the user sent as such, of either kind
 ==  =========  =====================================================================
 
 A place >= 0 is the number of a Ref in the frame; -1 - n is byte n of the frame's inline part.
@@ -22,7 +22,8 @@ copy     by Ref, but memory that is in DM already is copied at once instead of o
 
 By Ref, an array that lies in DM is shared: its pages become copy-on-write and the caller goes on using it. Any other is
 copied into DM once, and that copy is given away. The receiver gets an ndarray over the frames themselves, or over the
-received message; either is writable and its own.
+received message; either is writable and its own. Where Refs lead to, the pool or memory servers, is chosen by what both
+ends reach: places.py.
 
 Paper: IV (size-aware transfer).
 """
@@ -41,7 +42,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from .._native import Buffer, Ref, crash_point
+from .._native import Ref, crash_point
 from ..errors import (
     CannotSend,
     CoordinatorLost,
@@ -51,10 +52,10 @@ from ..errors import (
     RefTableFull,
     RemoteProtocolError,
 )
-from ..host import Host
 from . import frames
 from .frames import BLOBS, PICKLED, REF_BYTES, SPECIAL_FLAGS, Flag, Frame
 from .ownership import (
+    Buffers,
     Example,
     Moved,
     buffer_of_lonely,
@@ -63,6 +64,7 @@ from .ownership import (
     move_whole,
     pass_on,
 )
+from .places import POOL, Attachment, Place
 
 __all__ = ["Encoded", "Marshaller", "Moved", "Serializer", "Transfer", "move", "pass_on"]
 
@@ -72,7 +74,6 @@ TRANSFERS: tuple[Transfer, ...] = ("auto", "value", "ref", "copy")
 
 ARRAY, BLOB, REF = 1, 2, 3
 BYTES, BYTEARRAY, VIEW = 0, 1, 2  # kinds of blobs
-GIL_BYTES = 65536  # copies from here on go through numpy, which lets other threads run
 ALIGNMENT = frames.INLINE_ALIGNMENT
 LONGEST_NAME = 64  # characters of the name of a type without fields
 MAX_DIMENSIONS = 32
@@ -105,7 +106,7 @@ class Encoded(NamedTuple):
     refs: bytes  # held by this host until somebody accepts them
     inline: Sequence[memoryview | bytes]
     inline_bytes: int
-    lent: tuple[Ref, ...] = ()  # those of the Refs that the user made
+    lent: tuple[Any, ...] = ()  # those of the Refs that the user made
 
 
 class _Blob:
@@ -123,21 +124,6 @@ def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
     return memoryview(flat)
 
 
-def _copy_into_dm(host: Host, source: np.ndarray[Any, Any]) -> Ref:
-    """Copy an array into fresh frames and give those away."""
-    buffer = host.ralloc(source.nbytes, zero=False)
-    if source.nbytes < GIL_BYTES and source.flags.c_contiguous:
-        with memoryview(buffer) as to:
-            to[:] = _bytes_of(source)
-    else:
-        target = buffer.numpy(source.dtype, source.shape)
-        np.copyto(target, source)
-        del target
-    if host.emulates_latency:
-        host.charge(source.nbytes)
-    return host.create_ref(buffer, move=True)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -152,6 +138,8 @@ class _Outgoing:
         "known",
         "lent",
         "movable",
+        "place",
+        "places",
         "refs",
         "threshold",
         "transfer",
@@ -160,9 +148,17 @@ class _Outgoing:
     )
 
     def __init__(
-        self, host: Host, transfer: Transfer, threshold: int, value: list[Any] | None
+        self,
+        host: Attachment,
+        places: dict[type, Place],
+        place: Place | None,
+        transfer: Transfer,
+        threshold: int,
+        value: list[Any] | None,
     ) -> None:
         self.host = host
+        self.places = places
+        self.place = place  # None: the other end reaches none of this host's
         self.transfer = transfer
         self.threshold = threshold
         self.value = value  # whose arrays may change hands; None: they may not
@@ -171,7 +167,7 @@ class _Outgoing:
         self.refs = b""
         self.inline: list[memoryview | bytes] = []
         self.inline_bytes = 0
-        self.lent: list[Ref] = []
+        self.lent: list[Any] = []
         self.written: list[tuple[Any, Any]] = []  # what stands in the message, and for what
         self.known: dict[int, list[Any]] | None = None  # the same, when all is written once more
 
@@ -185,9 +181,10 @@ class _Outgoing:
             extension = self._moved(value)
         elif isinstance(value, _Blob):
             return self._blob(value)
-        elif isinstance(value, Buffer):
-            extension = self._blob(_Blob(memoryview(value), VIEW))
-        elif isinstance(value, Ref):
+        elif isinstance(value, Buffers.classes):
+            buffer: Any = value
+            extension = self._blob(_Blob(memoryview(buffer), VIEW))
+        elif type(value) in self.places or isinstance(value, Ref):
             extension = msgspec.msgpack.Ext(REF, _pack(self._lend(value)))
         elif isinstance(value, np.generic) and not isinstance(
             plain := value.item(), (np.generic, complex)
@@ -208,16 +205,28 @@ class _Outgoing:
             self.known.setdefault(id(value), []).append(extension)
 
     def _by_ref(self, nbytes: int) -> bool:
-        return nbytes > 0 and (
-            nbytes >= self.threshold if self.transfer == "auto" else self.transfer != "value"
-        )
+        if self.transfer == "auto":
+            return nbytes > 0 and nbytes >= self.threshold and self.place is not None
+        if self.transfer == "value" or not nbytes:
+            return False
+        if self.place is None:
+            raise CannotSend(
+                f"transfer={self.transfer!r}: there is no memory that both ends reach; "
+                "'auto' sends by value then"
+            )
+        return True
 
-    def _ref(self, ref: Ref) -> int:
-        self.refs += ref.to_bytes()
+    def _ref(self, ref: Any) -> int:
+        assert self.place is not None
+        self.refs += self.place.token(ref)
         crash_point("value_placed")
         return len(self.refs) // REF_BYTES - 1
 
-    def _lend(self, ref: Ref) -> int:
+    def _lend(self, ref: Any) -> int:
+        if self.place is None or self.places.get(type(ref)) is not self.place:
+            raise CannotSend(
+                f"{ref!r} leads to memory that the other end does not reach: send the data itself"
+            )
         place = self._ref(ref)
         self.lent.append(ref)
         return place
@@ -252,15 +261,17 @@ class _Outgoing:
             place = self._inline(_bytes_of(np.ascontiguousarray(array)))
         return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, shape)))
 
-    def _ref_to(self, array: np.ndarray[Any, Any]) -> Ref:
-        if self.transfer != "copy" and array.flags.c_contiguous and self.host.contains(array):
+    def _ref_to(self, array: np.ndarray[Any, Any]) -> Any:
+        place = self.place
+        assert place is not None
+        if self.transfer != "copy" and array.flags.c_contiguous and place.holds(array):
             # Only the value that is being sent refers to it: nobody will miss it.
             if self.value is not None and sys.getrefcount(array) <= _LONELY[self._in_field(array)]:
                 buffer = buffer_of_lonely(array)
-                if buffer is not None and buffer.host is self.host:
+                if buffer is not None and buffer.host is place.host:
                     return move_whole(array, buffer).ref
-            return self.host.create_ref(_bytes_of(array))
-        return _copy_into_dm(self.host, array)
+            return place.share(_bytes_of(array))
+        return place.copy(array)
 
     def _in_field(self, array: np.ndarray[Any, Any]) -> int:
         """Return which count of references says that nobody else holds an array: 0 to 2, see _LONELY."""
@@ -272,10 +283,28 @@ class _Outgoing:
 
     def _moved(self, moved: Moved) -> msgspec.msgpack.Ext:
         dtype, nbytes = moved.dtype, moved.ref.nbytes
+        here = self.place
+        if here is None:
+            return self._moved_by_value(moved)
+        if self.places.get(type(moved.ref)) is not here:  # from where the other end reaches
+            moved.ref = here.copy(self.host.view_ref(moved.ref).numpy())
         place = self._lend(moved.ref)
         if dtype is None:
             return msgspec.msgpack.Ext(BLOB, _pack((place, nbytes, VIEW)))
         name = _names.get(dtype) or _name_of(dtype)
+        return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, moved.shape)))
+
+    def _moved_by_value(self, moved: Moved) -> msgspec.msgpack.Ext:
+        """Send the bytes; there is nothing to send them by. If the call fails, they are where they were."""
+        nbytes = moved.ref.nbytes
+        data = np.empty(nbytes, "u1")
+        copy = moved.ref.clone()
+        data[:] = self.host.view_ref(copy).numpy()
+        place = self._inline(_bytes_of(data))
+        if moved.dtype is None:
+            self.flags |= BLOBS
+            return msgspec.msgpack.Ext(BLOB, _pack((place, nbytes, VIEW)))
+        name = _names.get(moved.dtype) or _name_of(moved.dtype)
         return msgspec.msgpack.Ext(ARRAY, _pack((place, nbytes, name, moved.shape)))
 
     def _blob(self, blob: _Blob) -> msgspec.msgpack.Ext:
@@ -284,10 +313,11 @@ class _Outgoing:
         place = None
         if self._by_ref(data.nbytes):
             try:
-                if self.transfer != "copy" and self.host.contains(data):
-                    place = self._ref(self.host.create_ref(data))
+                assert self.place is not None
+                if self.transfer != "copy" and self.place.holds(data):
+                    place = self._ref(self.place.share(data))
                 else:
-                    place = self._ref(_copy_into_dm(self.host, np.frombuffer(data, "u1")))
+                    place = self._ref(self.place.copy(np.frombuffer(data, "u1")))
             except _NO_ROOM:
                 if self.transfer != "auto" or data.nbytes > frames.MAX_FRAME_BYTES // 2:
                     raise
@@ -347,7 +377,7 @@ def _count_lonely() -> tuple[tuple[int, int, int], int]:
     class Probe(_Outgoing):
         __slots__ = ()
 
-        def _ref_to(self, array: np.ndarray[Any, Any]) -> Ref:
+        def _ref_to(self, array: np.ndarray[Any, Any]) -> Any:
             seen.append(sys.getrefcount(array))
             assert self.value is not None
             limits.append(next((n for n in range(1, 9) if lonely_arrays(self.value, n)), 0))
@@ -355,7 +385,7 @@ def _count_lonely() -> tuple[tuple[int, int, int], int]:
 
     for made in (lambda: [np.zeros(1)], lambda: Example(np.zeros(1))):
         box = [made()]
-        _encode(box, Probe(None, "auto", 0, box))  # type: ignore[arg-type]
+        _encode(box, Probe(None, {}, box, "auto", 0, box))  # type: ignore[arg-type]
     return (seen[0], seen[1], 0), limits[0]
 
 
@@ -422,7 +452,7 @@ class _Incoming:
 
     __slots__ = ("failure", "frame", "host")
 
-    def __init__(self, host: Host, frame: Frame) -> None:
+    def __init__(self, host: Attachment, frame: Frame) -> None:
         self.host = host
         self.frame = frame
         self.failure: Exception | None = None
@@ -434,8 +464,7 @@ class _Incoming:
             if code == BLOB:
                 return self._blob(*_unpack_blob(data))
             if code == REF:
-                # Anew: its sender, which drops what was not accepted, may be this host as well.
-                ref = Ref.from_bytes(self._ref(_unpack_ref(data)), self.host).accept(anew=True)
+                ref = self.host.take_ref(self._ref(_unpack_ref(data)))
                 crash_point("value_accepted")
                 return ref
             raise RemoteProtocolError(f"a value of unknown extension type {code}")
@@ -484,7 +513,8 @@ class _Incoming:
         crash_point("value_viewed")
         if buffer.nbytes != nbytes:
             raise RemoteProtocolError(f"an array of {nbytes} bytes in a Ref to {buffer.nbytes}")
-        return buffer.numpy(dtype, shape)
+        received: np.ndarray[Any, Any] = buffer.numpy(dtype, shape)
+        return received
 
     def _blob(self, place: int, nbytes: int, kind: int) -> bytes | bytearray | memoryview:
         if place < 0:
@@ -574,7 +604,7 @@ class Reader:
             wanted, ext_hook=_read, dec_hook=_check_custom
         ).decode
 
-    def read(self, host: Host, frame: Frame) -> Any:
+    def read(self, host: Attachment, frame: Frame) -> Any:
         """Return the value of a frame; accepts the Refs that it uses.
 
         Raises:
@@ -649,12 +679,17 @@ _UNSENDABLE = (
 )
 
 
-def _take_back(host: Host, refs: bytes | bytearray, lent: list[Ref] | tuple[Ref, ...]) -> None:
+def _take_back(
+    host: Attachment,
+    places: dict[type, Place],
+    refs: bytes | bytearray,
+    lent: list[Any] | tuple[Any, ...],
+) -> None:
     if lent:
         theirs = set()
         for ref in lent:
             with contextlib.suppress(DmError):  # used up by somebody else
-                theirs.add(ref.to_bytes())
+                theirs.add(places[type(ref)].token(ref))
                 ref.accept()  # from now on dropped when forgotten, as if it had never been sent
         every = (bytes(refs[at : at + REF_BYTES]) for at in range(0, len(refs), REF_BYTES))
         refs = b"".join(ref for ref in every if ref not in theirs)
@@ -665,9 +700,17 @@ def _take_back(host: Host, refs: bytes | bytearray, lent: list[Ref] | tuple[Ref,
 class Marshaller:
     """Writes values for one host's messages."""
 
-    def __init__(self, host: Host, threshold: int) -> None:
+    def __init__(self, host: Attachment, threshold: int) -> None:
         self.host = host
         self.threshold = threshold
+        self.places = host.find_places()
+
+    def place(self, reach: int) -> Place | None:
+        """Return the place that is preferred among those of this host that the other end reaches."""
+        for place in self.places.values():
+            if place.bit & reach:
+                return place
+        return None
 
     def plain(self, value: Any, transfer: Transfer) -> bytes | None:
         """Return the body of a value that needs nothing outside of the message; None: use write().
@@ -689,6 +732,7 @@ class Marshaller:
         serializer: Serializer = "msgpack",
         *,
         may_move: bool = False,
+        reach: int = POOL,
     ) -> Encoded:
         """Return a value as the parts of a frame.
 
@@ -696,13 +740,21 @@ class Marshaller:
             value: plain values, dataclasses, msgspec structs, arrays, buffers; anything picklable with "pickle".
             transfer: see the head of this file.
             serializer: how to write it.
+            reach: where Refs may lead to, POOL and SERVERS.
             may_move: nobody will use the value, a list, afterwards; arrays in it that nobody else refers to change hands.
 
         Raises:
             CannotSend: it cannot be written.
             OutOfFrames: by Ref was asked for, and DM has no room.
         """
-        outgoing = _Outgoing(self.host, transfer, self.threshold, value if may_move else None)
+        outgoing = _Outgoing(
+            self.host,
+            self.places,
+            self.place(reach),
+            transfer,
+            self.threshold,
+            value if may_move else None,
+        )
         try:
             if serializer == "pickle":
                 body = self._pickled(value, outgoing)
@@ -713,7 +765,7 @@ class Marshaller:
                 ):
                     body = self._again_without_blobs(value, outgoing, body)
         except BaseException as error:
-            _take_back(self.host, outgoing.refs, outgoing.lent)
+            _take_back(self.host, self.places, outgoing.refs, outgoing.lent)
             if isinstance(error, _UNSENDABLE) and not isinstance(error, DmError):
                 raise CannotSend(f"this value cannot be sent: {error}") from error
             raise
@@ -729,7 +781,7 @@ class Marshaller:
     def take_back(self, encoded: Encoded) -> None:
         """Undo write() for a value that did not leave: the user's own Refs are as before, the others are dropped."""
         if encoded.refs:
-            _take_back(self.host, encoded.refs, encoded.lent)
+            _take_back(self.host, self.places, encoded.refs, encoded.lent)
             crash_point("refs_taken_back")
 
     def _again_without_blobs(self, value: Any, outgoing: _Outgoing, body: bytes) -> bytes:

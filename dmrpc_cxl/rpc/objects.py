@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .._native import Buffer, Ref
 from ..errors import BadRef, CannotSend
-from ..host import Host
+from .places import Attachment
 
 __all__ = ["get", "put"]
 
@@ -31,7 +30,7 @@ def _up(at: int) -> int:
     return (at + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
-def put(host: Host, value: Any) -> Ref:
+def put(host: Attachment, value: Any) -> Any:
     """Place an object in DM."""
     outside: list[pickle.PickleBuffer] = []
     try:
@@ -56,12 +55,13 @@ def put(host: Host, value: Any) -> Ref:
         target[place : place + view.nbytes] = np.frombuffer(view, "u1")
         end = place + view.nbytes
     del target
-    return host.create_ref(buffer, move=True)
+    ref = host.create_ref(buffer, move=True)
+    return ref
 
 
-def get(host: Host, ref: Ref | bytes) -> Any:
+def get(host: Attachment, ref: Any) -> Any:
     """Return the object that a Ref denotes; the Ref is used up."""
-    buffer: Buffer = host.view_ref(ref)
+    buffer = host.view_ref(ref)
     view = memoryview(buffer)
     if len(view) < HEAD.size:
         raise BadRef("this Ref denotes no object: it was not made by put()")

@@ -28,6 +28,8 @@ from .._native import Buffer, Ref
 from ..errors import BadAddress, BufferInUse
 
 __all__ = [
+    "AnyRef",
+    "Buffers",
     "Example",
     "Moved",
     "buffer_of_lonely",
@@ -38,6 +40,22 @@ __all__ = [
 ]
 
 
+class Buffers:
+    """The classes of memory that arrays lie in, and of Refs: the pool's, and those of memory servers once they are used."""
+
+    classes: tuple[type[Any], ...] = (Buffer,)
+    refs: tuple[type[Any], ...] = (Ref,)
+
+
+class _AnyRefType(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, Buffers.refs)
+
+
+class AnyRef(metaclass=_AnyRefType):
+    """What methods get whose parameters are annotated with Ref: one of either memory."""
+
+
 class Moved:
     """An array or buffer that was given away: it can be sent once. Made by :func:`move`.
 
@@ -46,7 +64,7 @@ class Moved:
 
     __slots__ = ("dtype", "ref", "shape")
 
-    def __init__(self, ref: Ref, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> None:
+    def __init__(self, ref: Any, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> None:
         self.ref = ref
         self.dtype = dtype  # None: a Buffer
         self.shape = shape
@@ -91,7 +109,7 @@ def _shows_a_buffer_whole(array: np.ndarray[Any, Any]) -> bool:
     base: Any = array.base
     view: Any = base.base if type(base) is np.ndarray else None
     buffer: Any = view.obj if type(view) is memoryview else None
-    if not isinstance(buffer, Buffer) or buffer.freed or buffer.views != 1:
+    if not isinstance(buffer, Buffers.classes) or buffer.freed or buffer.views != 1:
         return False
     whole = array.nbytes == buffer.nbytes and array.flags.c_contiguous
     return whole and array.__array_interface__["data"][0] == buffer.address
@@ -108,12 +126,12 @@ def _counts_to_buffer(array: np.ndarray[Any, Any]) -> _Counts | None:
     return counts
 
 
-def _buffer_of(array: np.ndarray[Any, Any]) -> Buffer:
-    buffer: Buffer = array.base.base.obj  # type: ignore[union-attr]
+def _buffer_of(array: np.ndarray[Any, Any]) -> Any:
+    buffer: Any = array.base.base.obj  # type: ignore[union-attr]
     return buffer
 
 
-def buffer_of_lonely(array: np.ndarray[Any, Any]) -> Buffer | None:
+def buffer_of_lonely(array: np.ndarray[Any, Any]) -> Any:
     """Return the Buffer of an array that is its only view, when nobody but the array holds it."""
     if type(array) is not np.ndarray or weakref.getweakrefcount(array):
         return None
@@ -126,7 +144,7 @@ def buffer_of_lonely(array: np.ndarray[Any, Any]) -> Buffer | None:
 _EMPTY = (1, (0,), np.dtype("u1"), False, b"")
 
 
-def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
+def move(target: Any) -> Moved:
     """Give an array (or Buffer) in DM away, to be sent without sharing: ``service.method(move(array))``.
 
     The array is empty afterwards. No page is protected or counted, and the receiver gets exclusive memory, whatever the
@@ -140,12 +158,12 @@ def move(target: np.ndarray[Any, Any] | Buffer) -> Moved:
         BufferInUse: other views on the memory are alive; nothing was changed. Views of which numpy keeps no account are not
             noticed: those of another class (``array.view(np.recarray)``), as_strided, DLPack.
     """
-    if isinstance(target, Buffer):
+    if isinstance(target, Buffers.classes):
         return Moved(target.host.create_ref(target, move=True), None, (target.nbytes,))
     # No variable more for the target: _TARGET counts them.
-    if not isinstance(target, np.ndarray) or _counts_to_buffer(target) is None:  # type: ignore[redundant-expr]
+    if not isinstance(target, np.ndarray) or _counts_to_buffer(target) is None:
         base = getattr(getattr(target, "base", None), "base", None)
-        if type(base) is memoryview and isinstance(base.obj, Buffer):
+        if type(base) is memoryview and isinstance(base.obj, Buffers.classes):
             raise BufferInUse(
                 "move: other views on this array's memory are alive, or it shows a part of it only"
             )
@@ -173,7 +191,7 @@ def pass_on(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | Moved:
     return move_whole(array, _buffer_of(array))
 
 
-def move_whole(array: np.ndarray[Any, Any], buffer: Buffer) -> Moved:
+def move_whole(array: np.ndarray[Any, Any], buffer: Any) -> Moved:
     """Move the Buffer that an array shows whole; the array is empty afterwards, so that nothing reaches the memory."""
     moved = Moved(buffer.host.move_viewed(buffer), array.dtype, array.shape)
     np.ndarray.__setstate__(array, _EMPTY)  # type: ignore[arg-type]

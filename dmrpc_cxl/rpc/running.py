@@ -40,6 +40,7 @@ from .endpoint import error_frame
 from .frames import PICKLED, REPLY, TRANSFER_MASK, Code, Frame, Kind, Welcome
 from .interface import MISSING, Bound
 from .marshal import TRANSFER_OF, Marshaller, Serializer
+from .places import reach_of
 
 __all__ = ["Interceptor", "Runner"]
 
@@ -181,7 +182,11 @@ class Runner:
         serializer: Serializer = "pickle" if flags & PICKLED else "msgpack"
         try:
             encoded = self._marshaller.write(
-                box, TRANSFER_OF[flags & TRANSFER_MASK], serializer, may_move=True
+                box,
+                TRANSFER_OF[flags & TRANSFER_MASK],
+                serializer,
+                may_move=True,
+                reach=reach_of(flags),
             )
         finally:
             box.clear()

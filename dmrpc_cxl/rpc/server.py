@@ -42,7 +42,6 @@ from ..errors import (
     ServiceStopping,
     UnknownMethod,
 )
-from ..host import Host
 from . import frames
 from .attended import Attended
 from .calls import Call
@@ -53,6 +52,7 @@ from .forks import not_for_children, release
 from .frames import CALL, Code, Frame, Kind, Welcome
 from .interface import Bound, Interface
 from .marshal import Marshaller
+from .places import Attachment
 from .running import Interceptor, Runner
 
 __all__ = ["Interceptor", "Server"]
@@ -81,7 +81,7 @@ class Server:
 
     def __init__(
         self,
-        host: Host,
+        host: Attachment,
         service: object,
         name: str,
         marshaller: Marshaller,
@@ -108,7 +108,13 @@ class Server:
         interface = Interface(type(service))
         self._methods: list[Bound] = interface.bind(service)
         self._welcome = Welcome(
-            frames.PROTOCOL, interface.name, tuple(interface.methods), host.id, pickle, max_frame
+            frames.PROTOCOL,
+            interface.name,
+            tuple(interface.methods),
+            host.id,
+            pickle,
+            max_frame,
+            tuple(place.name for place in marshaller.places.values()),
         )
         self._max_threads = threads
         self._max_queue = queue

@@ -22,13 +22,13 @@ from ..errors import (
     PeerLost,
     ProtocolViolation,
 )
-from ..host import Host
 from . import frames
 from .calls import _current
 from .channel import Channel
 from .connection import Connection, Pending
 from .frames import Welcome
 from .marshal import Encoded, Reader
+from .places import Attachment
 
 if TYPE_CHECKING:
     from .client import Prepared
@@ -45,7 +45,7 @@ class SyncConnection(Connection):
     """A connection that threads share."""
 
     def __init__(
-        self, host: Host, service: str, channel: Channel, welcome: Welcome, table: MethodTable
+        self, host: Attachment, service: str, channel: Channel, welcome: Welcome, table: MethodTable
     ) -> None:
         super().__init__(host, service, channel, welcome)
         self.table = table

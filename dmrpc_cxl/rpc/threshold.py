@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from ..host import Host
+from .places import Attachment
 
 __all__ = ["measured"]
 
@@ -21,7 +21,7 @@ ROUNDS = 15
 EXTRA_COPIES = 1.0
 
 
-def measured(host: Host) -> int:
+def measured(host: Attachment) -> int:
     """Return the threshold in bytes, a whole number of KiB; 32 KiB when DM is too full to measure."""
     try:
         life = median([_life(host) for _ in range(ROUNDS)])
@@ -33,7 +33,7 @@ def measured(host: Host) -> int:
     return int(min(max(nbytes, SMALLEST), LARGEST)) // 1024 * 1024
 
 
-def _life(host: Host) -> float:
+def _life(host: Attachment) -> float:
     begin = time.perf_counter()
     buffer = host.ralloc(COPIED, zero=False)
     ref = host.create_ref(buffer, move=True)

@@ -183,13 +183,13 @@ static void change(struct net_conn *c, const struct net_request *q, struct net_k
         status = net_map_ref(s, ses, q->a, q->b, q->flags, &a);
         break;
     case NET_ACCEPT_REF:
-        status = net_accept_ref(s, ses, q->a, q->b);
+        status = net_accept_ref(s, ses, q->a, q->b, q->flags, &a);
         break;
     case NET_CLONE_REF:
         status = net_clone_ref(s, ses, q->a, q->b, &a);
         break;
     case NET_DROP_REF:
-        status = net_drop_ref(s, ses, q->a, q->b, &a);
+        status = net_drop_ref(s, ses, q->a, q->b, q->flags, &a);
         break;
     case NET_UNDO:
         status = net_undo(s, ses, q->a);
@@ -252,6 +252,8 @@ static bool well_formed(const struct net_request *q) {
         [NET_MAP_REF] = NET_READ_ONLY,
         [NET_PUT] = NET_KEEP,
         [NET_GET] = NET_KEEP,
+        [NET_ACCEPT_REF] = NET_ANEW,
+        [NET_DROP_REF] = NET_ANYBODYS,
     };
     const bool carries = q->op == NET_RWRITE || q->op == NET_PUT;
     return q->op >= 1 && q->op <= NET_LAST_OP && !(q->flags & ~flags[q->op]) && q->reserved == 0 &&

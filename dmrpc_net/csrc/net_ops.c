@@ -188,14 +188,20 @@ int net_map_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint
     return NET_OK;
 }
 
-int net_accept_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length) {
+/* With ANEW its old key is of no use afterwards, not even to its sender: whoever gives up on a message may drop what is
+ * in it without asking who has it now. */
+int net_accept_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
+                   uint32_t flags, uint64_t *anew) {
     int status;
     struct net_ref *r = net_ref_find(&s->refs, key, length, &status);
-    if (!r || r->holder == ses || (status = check_taking(s, ses, r)))
+    if (!r || (status = check_taking(s, ses, r)))
         return status;
-    if (ses->nr_refs >= s->limits.max_refs)
+    if (r->holder != ses && ses->nr_refs >= s->limits.max_refs)
         return NET_OVER_QUOTA;
-    net_ref_pass(&s->refs, r, ses);
+    if ((flags & NET_ANEW) && !net_ref_renew(&s->refs, r, anew))
+        return NET_NO_REF_SLOT;
+    if (r->holder != ses)
+        net_ref_pass(&s->refs, r, ses);
     return NET_OK;
 }
 
@@ -210,7 +216,7 @@ int net_clone_ref(struct net_shard *s, struct net_session *ses, uint64_t key, ui
     uint32_t *pages = malloc(nr * sizeof *pages);
     if (!pages)
         return NET_NO_MEMORY;
-    status = share(s, r->pages, nr, pages);
+    status = s->eager ? copy(s, r->pages, nr, nr_filled, pages) : share(s, r->pages, nr, pages);
     if (status == NET_OK) {
         status = add_ref(s, ses, pages, nr, nr_filled, length, clone); /* r may move */
         if (status != NET_OK)
@@ -229,10 +235,10 @@ static void drop_ref(struct net_shard *s, struct net_ref *r) {
 }
 
 int net_drop_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
-                 uint64_t *dropped) {
+                 uint32_t flags, uint64_t *dropped) {
     int status;
     struct net_ref *r = net_ref_find(&s->refs, key, length, &status);
-    *dropped = r && r->holder == ses;
+    *dropped = r && (r->holder == ses || (flags & NET_ANYBODYS));
     if (*dropped)
         drop_ref(s, r);
     return status == NET_REF_CONSUMED ? NET_OK : status;
@@ -309,7 +315,8 @@ int net_undo(struct net_shard *s, struct net_session *ses, uint64_t id) {
         (void)net_rfree(s, ses, k->a);
     if (k->op == NET_PUT && k->b)
         (void)net_rfree(s, ses, k->b);
-    if (k->op == NET_CREATE_REF || k->op == NET_CLONE_REF || k->op == NET_PUT) {
+    if (k->op == NET_CREATE_REF || k->op == NET_CLONE_REF || k->op == NET_PUT ||
+        (k->op == NET_ACCEPT_REF && (k->flags & NET_ANEW))) {
         struct net_ref *r = net_ref_of(&s->refs, k->a);
         if (r && r->holder == ses)
             drop_ref(s, r);

@@ -140,6 +140,14 @@ struct net_ref *net_ref_of(struct net_refs *t, uint64_t key) {
     return r && r->holder && r->generation == (uint32_t)plain ? r : NULL;
 }
 
+/* Give a Ref another key. False: its slot has had as many as there are. */
+bool net_ref_renew(struct net_refs *t, struct net_ref *r, uint64_t *key) {
+    if (r->generation == UINT32_MAX)
+        return false;
+    *key = net_key_seal(t, (uint64_t)(r - t->slots) << 32 | ++r->generation);
+    return true;
+}
+
 void net_ref_pass(struct net_refs *t, struct net_ref *r, struct net_session *to) {
     leave(t, r);
     join(t, r, to);

@@ -146,6 +146,7 @@ struct net_ref *net_ref_of(struct net_refs *t, uint64_t key);
 /* The same for what a client sent. NULL: *status is NET_BAD_REF or NET_REF_CONSUMED. */
 struct net_ref *net_ref_find(struct net_refs *t, uint64_t key, uint64_t length, int *status);
 void net_ref_pass(struct net_refs *t, struct net_ref *r, struct net_session *to);
+bool net_ref_renew(struct net_refs *t, struct net_ref *r, uint64_t *key);
 /* Forget a Ref; its array of pages is the caller's. */
 uint32_t *net_ref_remove(struct net_refs *t, struct net_ref *r);
 uint64_t net_key_seal(const struct net_refs *t, uint64_t plain);
@@ -255,11 +256,12 @@ int net_create_ref(struct net_shard *s, struct net_session *ses, uint64_t addres
                    uint32_t flags, uint64_t *key);
 int net_map_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
                 uint32_t flags, uint64_t *address);
-int net_accept_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length);
+int net_accept_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
+                   uint32_t flags, uint64_t *anew);
 int net_clone_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
                   uint64_t *clone);
 int net_drop_ref(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
-                 uint64_t *dropped);
+                 uint32_t flags, uint64_t *dropped);
 int net_held(struct net_shard *s, struct net_session *ses, uint64_t key, uint64_t length,
              uint64_t *held);
 int net_rread(struct net_shard *s, struct net_session *ses, uint64_t address, uint64_t bytes,

@@ -117,10 +117,10 @@ enum net_op {
     NET_MAP_REF = 4,    /* a: key, b: length; READ_ONLY         -> a: address */
     NET_RREAD = 5,      /* a: address, b: bytes                 -> payload */
     NET_RWRITE = 6,     /* a: address, payload */
-    NET_ACCEPT_REF = 7, /* a: key, b: length */
+    NET_ACCEPT_REF = 7, /* a: key, b: length; ANEW              -> a: key */
     NET_CLONE_REF = 8,  /* a: key, b: length                    -> a: key */
     NET_DROP_REF =
-        9, /* a: key, b: length                    -> a: 1 dropped, 0 not held by this process */
+        9, /* a: key, b: length; ANYBODYS          -> a: 1 dropped, 0 not held by this process */
     NET_PUT = 10,   /* payload; KEEP                        -> a: key, b: address with KEEP */
     NET_GET = 11,   /* a: key, b: length, c: offset, d: bytes; KEEP -> payload */
     NET_HELD = 12,  /* a: key, b: length                    -> a: 1 held by this process, 0 not */
@@ -136,6 +136,8 @@ enum net_flag {
     NET_MOVE = 2,      /* CREATE_REF: of a whole range, which is given up */
     NET_READ_ONLY = 4, /* MAP_REF */
     NET_KEEP = 8,      /* PUT: stay mapped as well. GET: leave the Ref as it is */
+    NET_ANEW = 16,     /* ACCEPT_REF: under another key; nobody can use the old one any more */
+    NET_ANYBODYS = 32, /* DROP_REF: whoever holds it, as long as nobody accepted it anew */
 };
 
 struct net_request {

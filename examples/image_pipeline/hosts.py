@@ -3,38 +3,27 @@
     hosts(args)     the hosts of a run, for dmrpc_cxl.fabric.launcher
     serve(host)     what the host of a service runs: the service that has the host's name
 
-Besides its service each host has a desk, "desk-NAME": the client asks there what was counted, and the host ends when nobody
-attends to it any more. So all end with the client, however it ends.
+Besides its service each host has a desk: ../serving/desk.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import sys
-import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import dmrpc_cxl
-from dmrpc_cxl.coordinator.client import Client as Coordinator
-from dmrpc_cxl.fabric.place import Place
-from dmrpc_cxl.fabric.topology import HostSpec, Program
+from dmrpc_cxl.fabric.topology import HostSpec
 
+from ..serving.desk import Desk, host_of, wait_for
 from .roles import (
     NR_PROCESSORS,
     WORKER_THREADS,
-    Account,
     called_by,
     service_names,
     start,
 )
 from .variants import VARIANTS
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-SECONDS = 30.0  # for the others to come up
-
 
 # ---------------------------------------------------------------- the launcher's side
 
@@ -52,13 +41,12 @@ def hosts(args: Sequence[str] = (), nr_processors: int = NR_PROCESSORS) -> tuple
     variants = tuple(name for name in options.variants.split(",") if name in VARIANTS)
     told = ("--transport", options.transport, "--processors", str(nr_processors))
 
-    def host(name: str, function: str, *words: str) -> HostSpec:
-        argv = (sys.executable, "-m", "dmrpc_cxl.fabric.call", f"{__package__}.{function}", *words)
-        return HostSpec(name, (Program(argv, (("PYTHONPATH", str(CHECKOUT)),)),))
-
     return (
-        host("client", "session:main", *args, *told[2:]),
-        *(host(name, "hosts:serve", *told) for name in service_names(nr_processors, variants)),
+        host_of("client", f"{__package__}.session:main", *args, *told[2:]),
+        *(
+            host_of(name, f"{__package__}.hosts:serve", *told)
+            for name in service_names(nr_processors, variants)
+        ),
     )
 
 
@@ -74,36 +62,6 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
 
 
 # ---------------------------------------------------------------- a host's side
-
-
-class Desk:
-    """What a host tells about itself; it is over when nobody attends to it."""
-
-    def __init__(self, account: Callable[[], Account]) -> None:
-        self._account = account
-        self.over = threading.Event()
-
-    def account(self) -> Account:
-        """Return what was counted so far."""
-        return self._account()
-
-    async def attend(self) -> None:
-        """Last as long as the caller stays: a call is cancelled when its connection ends."""
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self.over.set()
-
-
-def wait_for(host: dmrpc_cxl.Host, *names: str) -> None:
-    """Wait until these services are published: all hosts of a run start at once.
-
-    Raises:
-        ServiceNotFound: one of them does not come.
-    """
-    with Coordinator.to(host.fabric, tcp=Place.of_environment().transport == "tcp") as coordinator:
-        for name in names:
-            coordinator.wait_for_service(name, SECONDS)
 
 
 def serve(host: dmrpc_cxl.Host) -> int:

@@ -17,8 +17,9 @@ import numpy as np
 import dmrpc_cxl
 from dmrpc_cxl.fabric import device
 
+from ..serving.clocks import cpu_ns, process_ids
+from ..serving.desk import Desk
 from .client import Client, Tally, Wrong
-from .hosts import Desk
 
 DRAIN_SECONDS = 10.0
 SETTLE_SECONDS = 0.002  # what services do behind their replies belongs to the work as well
@@ -90,11 +91,7 @@ class Meter:
     def __init__(self, host: dmrpc_cxl.Host, desks: Mapping[str, Desk]) -> None:
         self._host = host
         self._desks = dict(desks)
-        with device.open(host.fabric, writable=False) as opened:
-            pids = {entry["name"]: int(entry["pid"]) for entry in opened.hosts()}
-            pids["coordinator"] = int(opened.superblock["coordinator_pid"])
-        first = [name for name in (host.name, *self._desks) if name in pids]
-        self._pids = {name: pids[name] for name in (*first, *sorted(pids.keys() - {*first}))}
+        self._pids = process_ids(host.fabric, (host.name, *self._desks))
 
     @property
     def hosts(self) -> list[str]:
@@ -104,10 +101,10 @@ class Meter:
     @contextlib.contextmanager
     def measuring(self, cost: Cost, client: Client) -> Iterator[None]:
         """Add what happens in the block to a cost; nothing else may be under way."""
-        before, cpu = self._counts(client), self._cpu_ns()
+        before, cpu = self._counts(client), cpu_ns(self._pids)
         yield
         time.sleep(SETTLE_SECONDS)
-        after_cpu, after = self._cpu_ns(), self._counts(client)
+        after_cpu, after = cpu_ns(self._pids), self._counts(client)
         after.subtract(before)
         after_cpu.subtract(cpu)
         cost.counts.update(after)
@@ -142,12 +139,6 @@ class Meter:
             found[what] = sum(entry[name] for entry in counters for name in names)
         found["bytes copied in DM"] += client.variant.bytes_copied
         return found
-
-    def _cpu_ns(self) -> Counter[str]:
-        # The id of a process's CPU clock is made of its pid: see clock_getcpuclockid(3).
-        return Counter(
-            {name: time.clock_gettime_ns(~pid << 3 | 2) for name, pid in self._pids.items()}
-        )
 
 
 def total(costs: Iterable[Cost]) -> Cost:

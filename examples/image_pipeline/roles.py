@@ -10,13 +10,10 @@ Names say what a service is: "firewall", "balancer", "processor-1", ..., "transc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import msgspec
-
 import dmrpc_cxl
 from dmrpc_cxl.rpc.endpoint import Transport
 
+from ..serving.running import Account, Running
 from .services import Firewall, ImageProcessor, Worker
 from .store import NAME as STORE
 from .store import ObjectStore
@@ -24,42 +21,13 @@ from .users import UserTable
 from .variants import VARIANTS
 from .work import Op
 
+__all__ = ["Account", "Running", "called_by", "processor_names", "service_names", "start"]
+
 FIREWALL, BALANCER, PROCESSOR = "firewall", "balancer", "processor"
 WORKERS = {"transcoder": Op.TRANSCODE, "compressor": Op.COMPRESS}
 NR_PROCESSORS = 2
 WORKER_THREADS = 2
 STORE_BYTES = 256 << 20
-
-
-class Account(msgspec.Struct):
-    """What a service has counted."""
-
-    counts: dict[str, int]
-    bytes_forwarded: int = 0
-    """Of the calls and replies that it passed on."""
-
-
-class Running:
-    """A service that runs."""
-
-    def __init__(
-        self,
-        end: dmrpc_cxl.Server | dmrpc_cxl.Forwarder,
-        counts: Callable[[], dict[str, int]] = dict,
-    ) -> None:
-        self.end = end
-        self._counts = counts
-
-    def account(self) -> Account:
-        """Return what was counted so far."""
-        if isinstance(self.end, dmrpc_cxl.Forwarder):
-            forwarded = {f"to {name}": n for name, n in self.end.forwarded_to.items()}
-            return Account({**self._counts(), **forwarded}, self.end.bytes_forwarded)
-        return Account(self._counts())
-
-    def stop(self) -> None:
-        """End it."""
-        self.end.stop()
 
 
 def processor_names(number: int = NR_PROCESSORS) -> tuple[str, ...]:

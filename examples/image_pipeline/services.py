@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from collections import Counter
 
 import dmrpc_cxl
 from dmrpc_cxl.rpc import Passing
 
+from ..serving.running import Counting
 from .bmp import NotABitmap
 from .messages import Blocked, Header, Pipeline, Reply, Request, UnsupportedImage
 from .users import UserTable
@@ -28,25 +27,6 @@ from .variants import VARIANTS, Ways
 from .work import Op, compute
 
 MAX_IMAGE_BYTES = 1 << 28
-
-
-class Counting:
-    """What services count, by name; threads may share it."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def count(self, what: str) -> int:
-        """Add one, and return how many there are now."""
-        with self._lock:
-            self._counts[what] += 1
-            return self._counts[what]
-
-    def counts(self) -> dict[str, int]:
-        """Return all counts so far."""
-        with self._lock:
-            return dict(self._counts)
 
 
 class Firewall(Counting):

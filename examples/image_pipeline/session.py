@@ -24,9 +24,10 @@ from rich.progress import Progress
 import dmrpc_cxl
 from dmrpc_cxl.errors import DmError
 
+from ..serving.desk import CHECKOUT, Desk, wait_for
 from .bmp import Bytes
 from .client import Client, Wrong
-from .hosts import CHECKOUT, Desk, add_service_options, wait_for
+from .hosts import add_service_options
 from .measure import Cost, Meter
 from .messages import RequestFailed
 from .photographs import NR_PICTURES, PHOTOGRAPHS, SIZES, Picture, pictures, size_named

@@ -242,7 +242,7 @@ static void a_used_key_stays_used_when_its_slot_has_a_new_ref(void) {
     int status;
     for (int i = 0; i < 100; i++) {
         EXPECT_EQ(net_create_ref(&shard, ses, a, PAGE, 0, &keys[i]), NET_OK);
-        EXPECT_EQ(net_drop_ref(&shard, ses, keys[i], PAGE, &dropped), NET_OK);
+        EXPECT_EQ(net_drop_ref(&shard, ses, keys[i], PAGE, 0, &dropped), NET_OK);
         EXPECT_EQ(dropped, 1);
     }
     EXPECT_EQ(shard.refs.nr, 1);
@@ -278,10 +278,10 @@ static void the_last_holder_of_a_page_may_let_go_while_it_is_being_replaced(void
     uint64_t a = ralloc(ses, PAGE), key, dropped;
     fill(ses, a, PAGE, 1);
     EXPECT_EQ(net_create_ref(&shard, ses, a, PAGE, 0, &key), NET_OK);
-    EXPECT_EQ(net_accept_ref(&shard, other, key, PAGE), NET_OK);
+    EXPECT_EQ(net_accept_ref(&shard, other, key, PAGE, 0, NULL), NET_OK);
     struct net_write w;
     EXPECT_EQ(net_write_begin(&shard, ses, a, 1, &w), NET_OK);
-    EXPECT_EQ(net_drop_ref(&shard, other, key, PAGE, &dropped), NET_OK);
+    EXPECT_EQ(net_drop_ref(&shard, other, key, PAGE, 0, &dropped), NET_OK);
     char two = 2;
     net_cursor_write(&shard.pool, &w.to, &two, 1);
     net_write_commit(&shard, &w);
@@ -376,7 +376,8 @@ static void random_operations_keep_every_count(void) {
         case 6: {
             struct net_ref *ref = net_ref_of(&shard.refs, *key);
             if (ref)
-                (void)net_accept_ref(&shard, ses[i], *key, ref->length);
+                (void)net_accept_ref(&shard, ses[i], *key, ref->length,
+                                     rng_below(&r, 2) ? NET_ANEW : 0, key);
             break;
         }
         case 7: {
@@ -388,7 +389,7 @@ static void random_operations_keep_every_count(void) {
         case 8: {
             struct net_ref *ref = net_ref_of(&shard.refs, *key);
             if (ref)
-                (void)net_drop_ref(&shard, ses[i], *key, ref->length, &ignored);
+                (void)net_drop_ref(&shard, ses[i], *key, ref->length, 0, &ignored);
             break;
         }
         case 9: {

@@ -486,7 +486,7 @@ static void who_breaks_the_protocol_is_reported_and_no_other_suffers(void) {
         {DM_CLIENT, {.size = 0xffffffff}, "4294967295 bytes"},
         {DM_CLIENT, {.size = 40, .kind = 0}, "unknown kind 0"},
         {DM_CLIENT, {.size = 40, .kind = 9}, "unknown kind 9"},
-        {DM_CLIENT, {.size = 40, .kind = DM_FRAME_CALL, .flags = 16}, "unknown flags"},
+        {DM_CLIENT, {.size = 40, .kind = DM_FRAME_CALL, .flags = 64}, "unknown flags"},
         {DM_CLIENT, {.size = 40, .kind = DM_FRAME_CALL, .body_bytes = 1}, "the parts"},
         {DM_CLIENT, {.size = 40, .kind = DM_FRAME_CALL, .nr_refs = 0xffff}, "the parts"},
         {DM_CLIENT, {.size = 40, .kind = DM_FRAME_CALL, .body_bytes = 0xffffffff}, "the parts"},

@@ -77,8 +77,19 @@ class Stage:
         """Wait until nothing is left of a host that has left or died."""
         until(lambda: all(entry["host"] != host.id for entry in self.fabric.host_states()))
 
+    def _audit_at_rest(self) -> dict[str, Any]:
+        """Return what is there when nobody changes anything: those who survive may be letting go of something."""
+        seen: list[dict[str, Any]] = [self.fabric.audit()]
+
+        def the_same_again() -> bool:
+            seen.append(self.fabric.audit())
+            return seen[-1]["in_flight"] == 0 and seen[-1] == seen[-2]
+
+        until(the_same_again)
+        return seen[-1]
+
     def _expect_leaks_at_most(self, number: int) -> None:
-        audit = self.fabric.audit()
+        audit = self._audit_at_rest()
         leaked = 0
         for _, said in audit["violations"]:
             counts = COUNT.match(said)

@@ -29,7 +29,7 @@ def requests(draw):
     return (
         payload,
         OPS[op] if draw(st.integers(0, 30)) else draw(st.integers(0, 255)),
-        draw(st.sampled_from([0, 0, 0, 1, 2, 4, 8])) if draw(st.booleans()) else 0,
+        draw(st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16, 32])) if draw(st.booleans()) else 0,
         0 if draw(st.integers(0, 50)) else draw(st.integers(0, 65535)),
         draw(ids),
         draw(st.integers(0, 3)),

@@ -53,6 +53,21 @@ def test_a_slice_of_a_figure_is_measured_plotted_and_reported(name: str, tmp_pat
         assert point["per_second"]["min"] > 0
 
 
+def test_the_social_network_is_measured_at_equal_rates_and_movers_pass_what_they_must(
+    tmp_path: Path,
+) -> None:
+    found = measured("fig11", tmp_path)
+    points = Points(found["points"])
+    rated = points.select(profile="heavy", share=0.5)
+    assert {one["variant"] for one in rated} == {"value", "cxl"}
+    assert len({one["params"]["rate"] for one in rated}) == 1
+    for one in points.points:
+        assert one["each"]["bytes_proxy"] == one["each"]["bytes_php-fpm"]
+        assert 0 < one["latency_us"]["p50"] <= one["latency_us"]["p99"]
+    assert found["tables"][0]["rows"]
+    assert any("capacity" in one["what"] for one in found["bars"])
+
+
 def test_chains_send_as_many_bytes_for_a_large_array_by_ref_as_for_a_small_one(
     tmp_path: Path,
 ) -> None:
@@ -120,6 +135,22 @@ def test_every_variant_says_why_it_cannot_be_measured(monkeypatch: pytest.Monkey
 def test_variants_have_names_and_colours_of_their_own() -> None:
     assert all(name == variant.name for name, variant in REGISTRY.items())
     assert len({variant.colour for variant in REGISTRY.values()}) == len(REGISTRY)
+
+
+@pytest.mark.parametrize("name", ["net", "net-copy"])
+def test_memory_servers_do_the_same_work_and_leave_nothing_behind(name: str) -> None:
+    variant = REGISTRY[name]
+    assert isinstance(variant, Writing)
+    with running(options()) as runner:
+        with fig08.parties(runner, [name], {}) as who:
+            params = {"block": 32 << 10, "stored": 4096, "window": 1, "share": 50.0}
+            cases = [fig08.case(who[name], name, mode, params, "tcp") for mode in variant.modes]
+            for series in runner.measure(cases):
+                assert len(series.samples) == 2
+                assert series.samples[0].cpu_ns[f"{name}-server"] >= 0
+            [server] = (who[name].pids or dict)().values()
+        assert not Path(f"/proc/{server}").exists()
+        assert not runner.foreign
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ else is read.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import subprocess
@@ -129,8 +130,12 @@ def test_a_program_that_is_shown_prints_what_is_shown(block: Block, tmp_path: Pa
 def test_a_program_for_memory_servers_prints_what_is_shown(block: Block, tmp_path: Path) -> None:
     behind = re.match(r"\s*```text\n(.*?)^```", block.behind, re.MULTILINE | re.DOTALL)
     assert behind, "no block of text behind the program"
-    with serving() as servers:
+    with contextlib.ExitStack() as stack:
+        servers = stack.enter_context(serving())
         program = block.text.replace('"127.0.0.1:7000"', repr(servers.addresses[0]))
+        if '"demo"' in program:
+            fabric = stack.enter_context(running())
+            program = program.replace('"demo"', repr(fabric.name))
         (tmp_path / "shown.py").write_text(
             program.replace('"secret-file"', repr(str(servers.secret)))
         )

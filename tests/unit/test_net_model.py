@@ -212,9 +212,14 @@ class Program:
         ref, pid = self.some_ref(), self.pid()
         if ref is None:
             return
-        answer = self.spoken.ask(pid, "ACCEPT_REF", ref.key, ref.length)
+        anew = self.random.random() < 0.5
+        flags = FLAGS["ANEW"] if anew else 0
+        answer = self.spoken.ask(pid, "ACCEPT_REF", ref.key, ref.length, flags=flags)
         assert answer.status == ("OK" if ref.holder else "REF_CONSUMED")
-        if ref.holder:
+        if ref.holder and anew:
+            self.new_ref(pid, answer.a, ref.content, ref.length)
+            ref.holder = None
+        elif ref.holder:
             ref.holder = pid
         held = self.spoken.ask(pid, "HELD", ref.key, ref.length)
         assert held.a == int(ref.holder == pid)
@@ -223,9 +228,12 @@ class Program:
         ref, pid = self.some_ref(), self.pid()
         if ref is None:
             return
-        answer = self.spoken.ask(pid, "DROP_REF", ref.key, ref.length)
-        assert (answer.status, answer.a) == ("OK", int(ref.holder == pid))
-        if ref.holder == pid:
+        anybodys = self.random.random() < 0.3
+        flags = FLAGS["ANYBODYS"] if anybodys else 0
+        answer = self.spoken.ask(pid, "DROP_REF", ref.key, ref.length, flags=flags)
+        dropped = ref.holder == pid or (anybodys and ref.holder is not None)
+        assert (answer.status, answer.a) == ("OK", int(dropped))
+        if dropped:
             ref.holder = None
 
     def get(self) -> None:

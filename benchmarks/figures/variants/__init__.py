@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .base import Variant
 from .clusters import RayCompiled, RayPut, SparkBroadcast
+from .net import ByCopyingServer, ByServer
 from .objects import ByHand, ObjectStore
 from .rpc import ByRef, ByValue, EagerCopy, OnePage
 
@@ -17,6 +18,8 @@ REGISTRY: dict[str, Variant] = {
         ByRef(),
         OnePage(),
         EagerCopy(),
+        ByServer(),
+        ByCopyingServer(),
         ObjectStore(),
         ByHand(),
         RayPut(),

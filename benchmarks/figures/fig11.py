@@ -1,0 +1,382 @@
+"""Fig 11: the social network, most of whose services hand on what others have written (examples/social_network).
+
+60 % of the requests read a home timeline, 30 % a user timeline, 10 % compose a post. What comes back from a read passes the
+timeline's service, php-fpm, proxy and load balancer unread. Profiles: *original*, DeathStarBench's, with posts of less than 1 KB; *heavy*,
+posts of 3 KB and ten of them in each read; *media*, 32 KiB of picture in each post, which is ours.
+
+First each variant makes as many requests as it can, 8 at a time. Then all make requests on schedule (an open loop), at the same rates:
+shares of the largest of those capacities. A rate is *held* if the 99th percentile of the latencies stays below BOUND times that of by
+value at the lowest rate, and requests were done at 99 % of the rate at which they were offered, once that percentile has passed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from . import plots
+from .blocks import Block
+from .runner import Case, Options, Runner, Ticker, running
+from .summary import Point, Points, bar, point
+
+NAME = "fig11"
+TITLE = "Fig 11: a social network"
+CLAIMS = (
+    "3.1 x the request rate of by value, 2.5 x lower mean latency, lower tails at equal rates (over the network; with CXL it was not measured)",
+)
+VARIANTS = ("value", "cxl")
+"""To have another one measured: a class in examples/social_network/variants.py, and its name here. Services on memory servers need
+processes of their own, whose hosts are attached with dm="net": start_network() starts them."""
+MORE_VARIANTS = ("cxl-ref", "cxl-posts")  # by reference however small; capacity only
+PROFILES = ("original", "heavy", "media")
+RATED = PROFILES  # those with rates, not capacity alone
+SHARES = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95)
+QUICK_SHARES = (0.1, 0.5, 0.8)
+EQUAL_SHARE = 0.5  # of the smaller capacity: where mean latencies are compared
+BOUND = 10.0
+HELD = 0.99
+WINDOW = 8
+SECONDS, QUICK_SECONDS = 1.5, 0.5
+USERS, QUICK_USERS = 200, 100
+REQUESTS = 2000
+CLIENT = "client"
+PACKAGE = "examples.social_network"
+HEIGHT = 7.6
+DEVICE_BYTES = 512 << 20
+
+_processes: list[Any] = []
+_numbers = itertools.count(1)
+
+
+def why_not() -> str:
+    """Say why it cannot be measured here; nothing if it can."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return "examples/social_network is not there"
+    return ""
+
+
+# ---------------------------------------------------------------- in the processes
+
+
+def start_process(host: Any, name: str, transport: str) -> None:
+    """Start the services of one process; what they keep is in memory."""
+    from examples.social_network import roles
+
+    how: Any = transport
+    _processes.append(roles.start(host, name, transport=how))
+
+
+def stop_process(host: Any) -> None:
+    """End them."""
+    while _processes:
+        _processes.pop().stop()
+
+
+def bytes_forwarded(host: Any) -> int:
+    """Return what this process has passed on."""
+    return int(_processes[0].account().bytes_forwarded)
+
+
+def fill_network(host: Any, profile: str, users: int) -> int:
+    """Have the services keep users, followers and posts; check that they do what they are for."""
+    from examples.social_network import checks, fill, graph, load, profiles, storage
+    from examples.social_network.variants import VARIANTS as ways
+
+    writer = profiles.Writer(profiles.PROFILES[profile], users)
+    edges = graph.part_of(graph.default(), users)
+    nr_posts = fill.fill(host, edges, users, writer)
+    generators = {name: load.Generator(host, name) for name in ways}
+    client: Any = host.connect("post-storage", storage.PostStorage)
+    with client as posts:
+        checks.check_all(host, generators, writer, posts, range(3))
+    for one in generators.values():
+        one.close()
+    return nr_posts
+
+
+def requests_block(
+    host: Any, variant: str, profile: str, users: int, transport: str, rate: float
+) -> Block:
+    """Return a block of requests; rate 0: WINDOW at a time."""
+    from examples.social_network import load, profiles
+
+    how: Any = transport
+    generator = load.Generator(host, variant, transport=how)
+    seed = next(_numbers)
+    writer = profiles.Writer(profiles.PROFILES[profile], users, seed)
+    requests = [writer.request(i, variant) for i in range(REQUESTS)]
+    counts: dict[str, float] = {}
+
+    def run(n: int) -> Sequence[int]:
+        if rate:
+            tally = generator.open_loop(
+                requests, rate, count=n, warm_up=0.0, seed=seed * 1000 + len(requests)
+            )
+        else:
+            tally = generator.closed_loop(requests, count=n, window=WINDOW, warm_up=0.0)
+        if tally.errors or tally.done != tally.offered:
+            raise AssertionError(f"of {tally.offered} requests {dict(tally.errors)} failed")
+        counts["timed_ns"] = tally.seconds * 1e9
+        counts["scheduled_ns"] = tally.scheduled_seconds * 1e9
+        counts["aborted"] = float(tally.aborted) * n
+        counts["late_ns"] = float(tally.lag.get_mean_value()) * n
+        counts["posts"] = tally.nr_posts
+        return tally.each_ns
+
+    return Block(run, close=generator.close, counts=counts)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def start_network(runner: Runner, transport: str) -> tuple[str, ...]:
+    """Start client and services, each in a process; return the names of the services' processes."""
+    from examples.social_network import roles
+
+    names = roles.process_names(compact=runner.options.quick)
+    for name in reversed(names):
+        runner.on.start(name, start_process, transport)
+    runner.on.start(CLIENT)
+    return names
+
+
+def case(
+    runner: Runner,
+    services: Sequence[str],
+    variant: str,
+    profile: str,
+    transport: str,
+    place: str,
+    share: float,
+    rate: float,
+) -> Case:
+    """Return one point; rate 0: as many requests as possible."""
+    from examples.social_network.roles import MOVERS
+
+    users = QUICK_USERS if runner.options.quick else USERS
+
+    def gauges() -> dict[str, float]:
+        return {
+            f"bytes_{name}": float(runner.on.peers[name].call(bytes_forwarded)) for name in MOVERS
+        }
+
+    seconds = runner.options.seconds
+    if not runner.options.tiny:
+        seconds = QUICK_SECONDS if runner.options.quick else SECONDS
+    return Case(
+        variant,
+        "fresh",
+        {"profile": profile, "transport": transport, "place": place, "share": share, "rate": rate},
+        (CLIENT,),
+        requests_block,
+        {
+            "variant": variant,
+            "profile": profile,
+            "users": users,
+            "transport": transport,
+            "rate": rate,
+        },
+        (*services, "coordinator"),
+        seconds=seconds,
+        gauges=gauges,
+    )
+
+
+def measure(runner: Runner, services: Sequence[str], profile: str, transport: str) -> list[Point]:
+    """Measure one profile, all processes where the runner has put them."""
+    options, place = runner.options, runner.place or "free"
+    which = [
+        name
+        for name in (*VARIANTS, *(() if options.quick else MORE_VARIANTS))
+        if options.wants(name)
+    ]
+
+    def cases(names: Sequence[str], share: float, rate: float) -> list[Case]:
+        return [
+            case(runner, services, name, profile, transport, place, share, rate) for name in names
+        ]
+
+    told = f"{profile}, {transport}, {place}"
+    found = [point(series) for series in runner.measure(cases(which, 0.0, 0.0), told)]
+    if profile in RATED:
+        names = [name for name in which if name in VARIANTS]
+        most = max(one["per_second"]["median"] for one in found if one["variant"] in names)
+        shares = QUICK_SHARES[1:2] if options.tiny else QUICK_SHARES if options.quick else SHARES
+        rated = [one for share in shares for one in cases(names, share, share * most)]
+        found += map(point, runner.measure(rated, f"rates: {told}"))
+    return found
+
+
+def run(options: Options, ticker: Ticker) -> dict[str, Any]:
+    """Measure."""
+    if reason := why_not():
+        return {"points": [], "bars": [], "skipped": {"social network": reason}}
+    found: list[Point] = []
+    profiles = PROFILES[1:2] if options.tiny else PROFILES
+    for transport, profile in itertools.product(options.transports, profiles):
+        with running(options, ticker, DEVICE_BYTES) as runner:
+            services = start_network(runner, transport)
+            users = QUICK_USERS if options.quick else USERS
+            runner.on.peers[CLIENT].call(fill_network, profile, users)
+            for place in options.places:
+                runner.pin(place)
+                found += measure(runner, services, profile, transport)
+            for name in services:
+                runner.on.peers[name].call(stop_process)
+    points = Points(found)
+    return {
+        "points": found,
+        "bars": bars(points),
+        "headline": headline(points),
+        "tables": [rates_table(points)],
+    }
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def _where(points: Points) -> list[dict[str, Any]]:
+    return [
+        {"profile": profile, "transport": transport, "place": place}
+        for profile in PROFILES
+        for transport in points.values("transport")
+        for place in points.values("place")
+        if points.select(profile=profile, transport=transport, place=place)
+    ]
+
+
+def bound_ms(points: Points, **where: Any) -> float:
+    """Return what the 99th percentile has to stay below, in ms; 0: there are no rates."""
+    shares = [share for share in points.values("share", **where) if share]
+    first = points.one(variant="value", share=shares[0], **where) if shares else None
+    return BOUND * float(first["latency_us"]["p99"]) / 1e3 if first else 0.0
+
+
+def held(one: Point, bound: float) -> bool:
+    """Say whether a point's rate was held."""
+    if one["each"].get("aborted") or one["latency_us"]["p99"] / 1e3 > bound:
+        return False
+    requests = one["requests_per_block"]
+    scheduled_ms = one["each"]["scheduled_ns"] * requests / 1e6
+    took_ms = requests * 1e3 / one["per_second"]["median"]
+    return bool(took_ms <= scheduled_ms / HELD + bound / BOUND)
+
+
+def highest_rate(points: Points, variant: str, **where: Any) -> float | None:
+    """Return the highest rate that a variant held; 0: none; None: it was not measured."""
+    rated = [one for one in points.select(variant=variant, **where) if one["params"]["share"]]
+    bound = bound_ms(points, **where)
+    if not rated or not bound:
+        return None
+    return max((one["params"]["rate"] for one in rated if held(one, bound)), default=0.0)
+
+
+def equal_share(points: Points, **where: Any) -> float | None:
+    """Return the share at which latencies are compared: the highest up to EQUAL_SHARE."""
+    shares = [share for share in points.values("share", **where) if 0 < share <= EQUAL_SHARE]
+    return shares[-1] if shares else None
+
+
+def rates_table(points: Points) -> dict[str, Any]:
+    """Return capacity, highest rate held, bound and CPU time for each variant."""
+    rows = []
+    for where in _where(points):
+        for variant in (*VARIANTS, *MORE_VARIANTS):
+            one = points.one(variant=variant, share=0.0, **where)
+            if one is None:
+                continue
+            rows.append(
+                (
+                    f"{variant}, {', '.join(where.values())}",
+                    one["per_second"]["median"],
+                    highest_rate(points, variant, **where),
+                    bound_ms(points, **where) or None,
+                    one["cpu_us"]["median"] / 1e6,
+                    one["each"].get("bytes_proxy", 0.0),
+                )
+            )
+    head = ["", "capacity, 1/s", "highest rate held, 1/s", "p99 at most, ms", "CPU s per request", "bytes through proxy"]  # fmt: skip
+    return {"title": "rates", "head": head, "rows": rows}
+
+
+def bars(points: Points) -> list[dict[str, Any]]:
+    """Return the bars of this figure."""
+    made = []
+    value, ours = {"variant": "value"}, {"variant": "cxl"}
+    for where in _where(points):
+        profile, told = where["profile"], f"{where['transport']}, {where['place']}"
+        limit = {"original": 0.95, "heavy": 2.0}.get(profile)
+        if limit is None:
+            continue
+        rates = [highest_rate(points, name, **where) for name in ("value", "cxl")]
+        capacity = points.ratio("per_second", ours, value, share=0.0, **where)
+        if capacity is None:
+            continue
+        cpu = points.ratio("cpu_us", value, ours, share=0.0, **where)
+        note = f"CPU time of a request {cpu['median']:.3g} x lower" if cpu else ""
+        if profile != "media":
+            note += "; lists are below the threshold: both variants do the same"
+        if rates[0]:
+            ratio = (rates[1] or 0.0) / rates[0]
+            made.append(bar(f"{profile}, {told}: highest rate held by Ref against by value", ratio, limit))  # fmt: skip
+        made.append(bar(f"{profile}, {told}: capacity by Ref against by value", capacity, limit, note=note))  # fmt: skip
+        share = equal_share(points, **where)
+        if share is None:
+            continue
+        for what in ("mean_us", "p99_us"):
+            found = points.ratio(what, value, ours, share=share, **where)
+            if found is not None:
+                made.append(
+                    bar(
+                        f"{profile}, {told}: {what[:-3]} latency by value against by Ref, "
+                        f"at {share:.0%} of the larger capacity",
+                        found,
+                        1.0 if profile == "heavy" else 0.95,
+                    )
+                )
+    return made
+
+
+def headline(points: Points) -> str:
+    """Return what was measured, in one sentence."""
+    told = []
+    for where in _where(points):
+        found = points.ratio(
+            "per_second", {"variant": "cxl"}, {"variant": "value"}, share=0.0, **where
+        )
+        if found and where["place"] == plots.preferred(points.values("place"), "one CPU"):
+            told.append(f"{found['median']:.2g} x ({where['profile']}, {where['transport']})")
+    return f"requests per second by Ref against by value: {', '.join(told)}" if told else ""
+
+
+def draw(result: dict[str, Any], figure: Any) -> None:
+    """Plot mean and tail latency against the rate, for each profile."""
+    points = Points(result["points"])
+    if not points.points:
+        figure.text(0.5, 0.5, "not measured: " + ", ".join(result["skipped"].values()), ha="center")
+        return
+    place = plots.preferred(points.values("place"), "one CPU")
+    where = [one for one in _where(points) if one["place"] == place and one["profile"] in RATED]
+    axes = figure.subplots(2, max(len(where), 1), squeeze=False)
+    for column, one in enumerate(where):
+        rated = Points([p for p in points.select(**one) if p["params"]["share"]])
+        for row, what in enumerate(("mean", "p99")):
+            ax = axes[row][column]
+            plots.lines(ax, rated, "rate", _milliseconds(what), {})
+            plots.log_y(ax)
+            ax.set_xlabel("requests per s")
+            ax.set_ylabel(f"{what} latency, ms")
+            ax.set_title(f"{one['profile']}, {one['transport']}, {place}", fontsize=8)
+    plots.legend(figure, axes)
+
+
+def _milliseconds(what: str) -> Any:
+    def read(one: Point) -> tuple[float, float, float] | None:
+        rounds = sorted(one["rounds"].get(f"{what}_us", ()))
+        if not rounds or one["each"].get("aborted"):
+            return None
+        return rounds[len(rounds) // 2] / 1e3, rounds[0] / 1e3, rounds[-1] / 1e3
+
+    return read
