@@ -3,7 +3,8 @@
  *
  * A service that only receives would pile up the frames of its callers, and give them back to the coordinator, while the callers
  * ask it for others: round trips, and memory that no cache holds. So whoever frees an exclusive run that came in a Ref hands it
- * to the Ref's creator, who takes it next, while it is warm.
+ * to the Ref's creator, who takes it next, while it is warm. Who has given away as many frames itself keeps it instead: where
+ * traffic goes both ways, frames change hands without a word each.
  *
  * The word of a frame that is free and this host's, (0, me), becomes (0, home, coming), and home makes it (0, home) when it takes
  * the frame in. From then on home alone may hand it out. Nobody waits, and whoever dies:
@@ -49,10 +50,24 @@ static void take_back(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr)
     dm_freed_end(h, &freed);
 }
 
+/* Frames of this host's own left it in a Ref. Those that die with others are never made up for, hence a limit. */
+void dm_gave_away(struct dm_host *h, uint32_t nr) {
+    uint32_t most = h->nr_frames / 4;
+    h->nr_out = h->nr_out + (uint64_t)nr < most ? h->nr_out + nr : most;
+}
+
+static void got_back(struct dm_host *h, uint32_t nr) {
+    h->nr_out = h->nr_out > nr ? h->nr_out - nr : 0;
+}
+
 /* Hand a free run of this host's, which is on no list, to its home. False, and nothing has changed: it stays here. */
 bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr) {
-    if (to == DM_OWNER_POOL || to == h->id || to > h->device.geo.max_hosts)
+    if (to == DM_OWNER_POOL || to > h->device.geo.max_hosts)
         return false;
+    if (to == h->id || h->nr_out >= nr) {
+        got_back(h, nr);
+        return false;
+    }
     struct dm_host_entry *home = &h->device.hosts[to - 1];
     struct dm_intent *in = dm_intent_begin(h, DM_INTENT_HOME, to, nr, pfn, 0, 0);
     DM_CRASH_POINT(home_begun);
@@ -89,6 +104,7 @@ bool dm_take_in(struct dm_host *h, uint32_t pfn) {
                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
         return false;
     DM_CRASH_POINT(home_taken_in);
+    got_back(h, 1);
     DM_COUNT(h, frames_came_home, 1);
     return true;
 }

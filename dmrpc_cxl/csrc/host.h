@@ -129,6 +129,7 @@ struct dm_host {
     uint32_t batch;       /* what to ask for next */
     uint32_t high;        /* above it: give back */
     uint32_t hints_seen;  /* of the entry's homecoming */
+    uint32_t nr_out;      /* frames given away in Refs that were moved, and not made up for: home.c */
     uint8_t *kstate;      /* DM_KS_* per page */
     uint32_t *shown;      /* frame the kernel shows per page, see DM_SHOWN */
     uint32_t *vma_of;     /* vma id per page of a mapping */
@@ -272,6 +273,7 @@ void dm_rescan_owned(struct dm_host *h);
 void dm_add_owned(struct dm_host *h, const struct dm_run *runs, uint32_t nr_runs);
 
 /* ---- home.c: frames that other hosts freed */
+void dm_gave_away(struct dm_host *h, uint32_t nr);
 bool dm_send_home(struct dm_host *h, uint16_t to, uint32_t pfn, uint32_t nr);
 void dm_leave_hint(struct dm_host_entry *home, uint32_t pfn, uint32_t nr);
 bool dm_take_in(struct dm_host *h, uint32_t pfn);

@@ -193,6 +193,8 @@ int dm_move_ref(struct dm_host *h, uint32_t id, bool may_block, struct dm_ref_wi
             dm_freelist_vacated(&h->free, page + i);
     if (page >= 2 * h->nr_frames)
         (void)dm_area_give(h, page, nr, e);
+    if (flags & DM_REF_EXCLUSIVE && v->home == DM_OWNER_POOL)
+        dm_gave_away(h, nr);
     dm_vma_delete(h, id);
     DM_COUNT(h, move_ref_calls, 1);
     return DM_OK;
