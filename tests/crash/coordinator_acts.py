@@ -50,6 +50,7 @@ def free_what_is_mine_alone(at: At) -> None:
 
 
 def give_up_what_the_keeper_made(at: At) -> None:
+    at.host._forget_given()  # else they would stay, for those that it has given away
     at.viewed.free()
 
 

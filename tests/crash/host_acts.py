@@ -135,6 +135,7 @@ def send_one_away(at: At) -> bytes:
 
 def free_what_came(at: At, wire: bytes) -> None:
     """Map and free, in the keeper: the frames go home."""
+    at.host._forget_given()
     at.host.map_ref(wire).free()
 
 

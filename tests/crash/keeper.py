@@ -82,6 +82,7 @@ def offer(at: At, kinds: tuple[str, ...]) -> list[bytes]:
             ref = at.long.clone()
         at.offers.append((ref, bytes_of(ref)))
         wires.append(ref.to_bytes())
+    forget_given(at)
     return wires
 
 
