@@ -19,11 +19,16 @@ static inline uint64_t word_left(uint64_t word, uint16_t host) {
     return (word & 0xffff000000000000ull) | dm_frame_pack(0, host, 0);
 }
 
+/* Only the owner changes the word, but another host that searches for frames of its own may read it: dm_rescan_owned. */
+static inline void store_own(uint64_t *word, uint64_t next) {
+    __atomic_store_n(word, next, __ATOMIC_RELAXED);
+}
+
 /* With crash points armed the two below go from word to word; otherwise their loops have no branch for that. */
 static __attribute__((cold, noinline)) void enter_use_one_by_one(struct dm_host *h, uint64_t *word,
                                                                  uint32_t nr) {
     for (uint32_t i = 0; i < nr; i++) {
-        word[i] = word_in_use(word[i], h->id);
+        store_own(&word[i], word_in_use(word[i], h->id));
         DM_CRASH_POINT(frame_in_use);
     }
 }
@@ -31,12 +36,12 @@ static __attribute__((cold, noinline)) void enter_use_one_by_one(struct dm_host 
 static __attribute__((cold, noinline)) void leave_use_one_by_one(struct dm_host *h, uint64_t *word,
                                                                  uint32_t nr) {
     for (uint32_t i = 0; i < nr; i++) {
-        word[i] = word_left(word[i], h->id);
+        store_own(&word[i], word_left(word[i], h->id));
         DM_CRASH_POINT(frame_left_use);
     }
 }
 
-/* 0 -> 1 for frames this host owns: nobody else may change their words, so plain stores do. */
+/* 0 -> 1 for frames this host owns: nobody else may change their words, so stores do. */
 void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     uint64_t *word = h->frames + pfn;
     dm_charge_frames(h, pfn, nr);
@@ -47,7 +52,7 @@ void dm_frames_enter_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     }
     for (uint32_t i = 0; i < nr; i++) {
         __builtin_prefetch(&word[i + AHEAD], 1);
-        word[i] = word_in_use(word[i], h->id);
+        store_own(&word[i], word_in_use(word[i], h->id));
     }
 }
 
@@ -62,7 +67,7 @@ void dm_frames_leave_use(struct dm_host *h, uint32_t pfn, uint32_t nr) {
     }
     for (uint32_t i = 0; i < nr; i++) {
         __builtin_prefetch(&word[i + AHEAD], 1);
-        word[i] = word_left(word[i], h->id);
+        store_own(&word[i], word_left(word[i], h->id));
     }
 }
 
