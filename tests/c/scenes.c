@@ -212,6 +212,7 @@ static void buffer_received_from_other(struct scene *s) {
 
 static void run_on_its_way_home(struct scene *s) {
     struct dm_ref_wire w = moved(s->h, allocated(s->h, 4));
+    s->other->nr_out = 0;
     EXPECT_OK(dm_rfree(s->other, mapped(s->other, &w), &err), &err);
 }
 
@@ -498,6 +499,6 @@ void scene_prepare(struct scene *s, struct dm_device *dev, const struct scenario
     (void)mapped(s->h, &a);
     (void)b;
     what->prepare(s);
-    s->h->nr_out = s->other->nr_out =
-        0; /* what was prepared shall not keep frames from going home */
+    /* What was prepared shall not keep frames from going home. */
+    s->h->nr_out = s->other->nr_out = 0;
 }
