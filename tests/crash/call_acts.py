@@ -34,6 +34,11 @@ class Desk:
     def total(self, values: np.ndarray) -> int:
         return int(values.sum())
 
+    def swallow(self, values: np.ndarray) -> int:
+        """Free what came, without regard to what this host has given away: the frames go home."""
+        self._host._forget_given()
+        return int(values.sum())
+
     def store(self, values: np.ndarray) -> int:
         """Store to the first page, which is copied."""
         values[:16] = 1
@@ -92,6 +97,7 @@ def call_everything(at: At, name: str, transport: str) -> bool:
     try:
         with contextlib.closing(_client(at, name, transport)) as desk:
             assert desk.total(array) == int(want.sum())
+            assert desk.swallow(np.full(N, 2, "u1")) == 2 * N
             assert desk.store(array) == 16
             assert desk.make(N).sum() == N
             assert (desk.echo(np.full(N, 3, "u1")) == 3).all()
@@ -157,6 +163,7 @@ def call_with_asyncio(at: At) -> None:
     async def calls() -> None:
         desk = client.aio
         assert await desk.total(mine.numpy()) == int(mine.numpy().sum())
+        assert await desk.swallow(np.full(N, 2, "u1")) == 2 * N
         assert (await desk.make(N)).sum() == N
         assert (await desk.echo(np.full(N, 3, "u1")) == 3).all()
         await desk.close()
