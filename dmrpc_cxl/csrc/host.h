@@ -129,11 +129,11 @@ struct dm_host {
     uint32_t batch;       /* what to ask for next */
     uint32_t high;        /* above it: give back */
     uint32_t hints_seen;  /* of the entry's homecoming */
-    uint32_t nr_out;      /* frames given away in Refs that were moved, and not made up for: home.c */
-    uint8_t *kstate;      /* DM_KS_* per page */
-    uint32_t *shown;      /* frame the kernel shows per page, see DM_SHOWN */
-    uint32_t *vma_of;     /* vma id per page of a mapping */
-    struct dm_vma *vmas;  /* slot 0 unused */
+    uint32_t nr_out;  /* frames given away in Refs that were moved, and not made up for: home.c */
+    uint8_t *kstate;  /* DM_KS_* per page */
+    uint32_t *shown;  /* frame the kernel shows per page, see DM_SHOWN */
+    uint32_t *vma_of; /* vma id per page of a mapping */
+    struct dm_vma *vmas; /* slot 0 unused */
     uint32_t nr_vma_slots, vma_free, nr_vmas;
     struct dm_extent *extents;
     uint32_t nr_extents, max_extents;
