@@ -124,9 +124,9 @@ def fabric(size: int, **geometry: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running_fabric(size: int, **geometry: Any) -> Iterator[tuple[str, int]]:
-    """Run a fabric; give its name and the coordinator's process id."""
-    name = f"dmrpc-bench-{os.getpid()}"
+def running_fabric(size: int, suffix: str = "", **geometry: Any) -> Iterator[tuple[str, int]]:
+    """Run a fabric; give its name, which ends in a suffix if there is another one, and the coordinator's process id."""
+    name = f"dmrpc-bench-{os.getpid()}{suffix}"
     device.create(name, size=size, overwrite=True, **geometry)
     ready, write = os.pipe()
     coordinator = subprocess.Popen(
