@@ -2,6 +2,10 @@
 
 Accesses: copying into and out of DM by plain stores and loads, beside the same for private memory. Calls: those of the paper's table
 and what else a Ref can do, each timed by itself in one host. Faults: the first store to a page.
+
+At a memory server an access is a round trip over loopback TCP, one outstanding. What looking up addresses takes of it is timed inside a
+second server (--time-translation), less what looking at the clock takes; the accesses that it is compared with are those of the
+first server, which does without.
 """
 
 from __future__ import annotations
@@ -12,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from . import plots
+from . import net, net_blocks, plots
 from .blocks import Block
-from .runner import Case, Options, Ticker, running
-from .summary import Point, Points, bytes_text, point
+from .runner import Case, Options, Runner, Ticker, running
+from .summary import Point, Points, bar, bytes_text, point, spread
 
 NAME = "e0"
 TITLE = "E0: what accesses and calls cost"
 CLAIMS = (
-    "translating addresses in software takes 0.17 % of an access over the network; here the MMU does it",
+    "translating addresses in software takes 0.17 % of an access over the network",
 )
 ACCESS_SIZES = (64, 1024, 4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
 CALL_SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
-CLIENT = "client"
+CLIENT, TIMING_CLIENT = "client", "timing-client"
 PRIVATE, OWNED, SHARED = "private memory", "own buffer", "shared mapping"
 ACCESSES = (
     ("write", PRIVATE),
@@ -36,6 +40,9 @@ ACCESSES = (
 WORKING_BYTES = 16 << 20  # of memory that accesses walk through
 TINY_WORKING_BYTES = 1 << 20
 SMALL_GROUP = 64  # of accesses that are timed together
+TRANSLATION_BAR, TRANSLATION_SIZE = 0.02, 4096
+NET_ACCESSES = ("rwrite", "rread")
+TIMED = "rread, look-ups timed"
 HEIGHT = 5.8
 
 
@@ -171,7 +178,7 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     found: list[Point] = []
     with running(options, ticker) as runner:
         runner.on.start(CLIENT)
-        for place in options.places[:1]:
+        for place in options.places[:1] if options.wants("cxl") else ():
             runner.pin(place)
             cases = [
                 Case(
@@ -205,8 +212,98 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
                 for size in calls
             ]
             found += map(point, runner.measure(cases, f"calls, {place}"))
+        if options.wants("net"):
+            found += _at_servers(runner, options, accesses, calls, room)
     points = Points(found)
-    return {"points": found, "bars": [], "headline": headline(points), "tables": tables(points)}
+    return {
+        "points": found,
+        "bars": bars(points),
+        "headline": headline(points),
+        "tables": tables(points),
+    }
+
+
+def _at_servers(
+    runner: Runner,
+    options: Options,
+    accesses: tuple[int, ...],
+    calls: tuple[int, ...],
+    room: int,
+) -> list[Point]:
+    """Measure accesses and calls at a memory server, and the look-ups of another."""
+    found: list[Point] = []
+    place = options.places[0]
+    with net.net_fabric(runner) as there, net.timing_server(runner) as timing:
+        there.start(CLIENT)
+        timing.start(TIMING_CLIENT)
+        runner.pin(place)
+
+        def case(mode: str, size: int, kind: str, at: net.NetFabric, name: str, **how: Any) -> Case:
+            factory = net_blocks.call_block if kind == "call" else net_blocks.access_block
+            return Case(
+                "net",
+                mode,
+                {"size": size, "place": place, "kind": kind},
+                (f"{net.PREFIX}{name}",),
+                factory,
+                {"size": size} | how,
+                pids=at.pids,
+                gauges=at.gauges,
+                max_requests=1000 if kind == "call" else 20_000,
+            )
+
+        cases = []
+        for size in accesses:
+            where = {"size": size, "kind": "access", "room": max(room, 2 * size)}
+            cases += [case(what, at=there, name=CLIENT, what=what, **where) for what in NET_ACCESSES]
+            cases.append(case(TIMED, at=timing, name=TIMING_CLIENT, what="rread", **where))
+        found += map(point, runner.measure(cases, f"accesses at a server, {place}"))
+        cases = [
+            case(call, size, "call", there, CLIENT, call=call)
+            for call in net_blocks.CALLS
+            for size in calls
+        ]
+        found += map(point, runner.measure(cases, f"calls to a server, {place}"))
+    return found
+
+
+def translation(points: Points, size: int) -> tuple[float, dict[str, float]] | None:
+    """Return the ns that looking up addresses takes of an rread, and their share of it; None: it was not measured."""
+    timed = points.one(variant="net", mode=TIMED, size=size, kind="access")
+    plain = points.one(variant="net", mode="rread", size=size, kind="access")
+    if timed is None or plain is None:
+        return None
+    ns = float(timed["each"].get("translation_ns", 0.0))
+    return ns, spread([ns / 1e3 / us for us in plain["rounds"]["p50_us"]])
+
+
+def bars(points: Points) -> list[dict[str, Any]]:
+    """Return the bar of the translation."""
+    found = translation(points, TRANSLATION_SIZE)
+    if found is None:
+        return []
+    ns, share = found
+    return [
+        bar(
+            f"translation at a memory server, share of an rread of {bytes_text(TRANSLATION_SIZE)}",
+            share,
+            TRANSLATION_BAR,
+            at_most=True,
+            unit="",
+            note=f"{ns:.3g} ns; the paper has 0.0017",
+        )
+    ]
+
+
+def translation_table(points: Points) -> dict[str, Any]:
+    """Return what translation takes, for each size."""
+    sizes = points.values("size", variant="net", mode=TIMED)
+    found = [translation(points, size) for size in sizes]
+    rows: list[list[Any]] = [
+        ["ns for the look-ups", *(one and one[0] for one in found)],
+        ["share of the rread, %", *(one and 100 * one[1]["median"] for one in found)],
+    ]
+    return {"title": "translation", "head": ["", *map(bytes_text, sizes)], "rows": rows}
 
 
 def _us(points: Points, **which: Any) -> float | None:
@@ -217,19 +314,29 @@ def _us(points: Points, **which: Any) -> float | None:
 def tables(points: Points) -> list[dict[str, Any]]:
     """Return the two tables, as a report shows them."""
     made = []
-    for kind, title in (("access", "us for one access"), ("call", "us for one call")):
-        sizes = points.values("size", kind=kind)
+    for variant, kind, title in (
+        ("cxl", "access", "us for one access"),
+        ("cxl", "call", "us for one call"),
+        ("net", "access", "us for one access at a memory server"),
+        ("net", "call", "us for one call to a memory server"),
+    ):
+        which: dict[str, Any] = {"variant": variant, "kind": kind}
+        sizes = points.values("size", **which)
         rows = [
-            [mode, *(_us(points, mode=mode, size=size, kind=kind) for size in sizes)]
-            for mode in dict.fromkeys(one["mode"] for one in points.select(kind=kind))
+            [mode, *(_us(points, mode=mode, size=size, **which) for size in sizes)]
+            for mode in dict.fromkeys(one["mode"] for one in points.select(**which))
+            if mode != TIMED
         ]
-        made.append({"title": title, "head": ["", *map(bytes_text, sizes)], "rows": rows})
+        if rows:
+            made.append({"title": title, "head": ["", *map(bytes_text, sizes)], "rows": rows})
+    if points.select(mode=TIMED):
+        made.append(translation_table(points))
     return made
 
 
 def headline(points: Points) -> str:
     """Return what was measured, in one sentence."""
-    sizes = points.values("size", kind="access")
+    sizes = points.values("size", kind="access", variant="cxl")
     if not sizes:
         return ""
     size = sizes[-1]
@@ -238,7 +345,10 @@ def headline(points: Points) -> str:
     )
     assert private is not None
     assert shared is not None
-    return f"reading {bytes_text(size)} of a shared mapping takes {shared / private:.2g} x as long as reading private memory"
+    told = f"reading {bytes_text(size)} of a shared mapping takes {shared / private:.2g} x as long as reading private memory"
+    if (found := translation(points, TRANSLATION_SIZE)) is not None:
+        told += f"; there the MMU translates; at a memory server it takes {100 * found[1]['median']:.2g} % of an rread of 4 KiB"
+    return told
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
@@ -246,16 +356,16 @@ def draw(result: dict[str, Any], figure: Any) -> None:
     points = Points(result["points"])
     left, right = figure.subplots(1, 2)
     for ax, kind, title in ((left, "access", "(a) accesses"), (right, "call", "(b) calls")):
-        modes = list(dict.fromkeys(one["mode"] for one in points.select(kind=kind)))
+        drawn = dict.fromkeys((one["variant"], one["mode"]) for one in points.select(kind=kind))
         sizes = points.values("size", kind=kind)
-        for i, mode in enumerate(modes):
+        for i, (variant, mode) in enumerate(one for one in drawn if one[1] != TIMED):
             ax.plot(
                 sizes,
-                [_us(points, mode=mode, size=size, kind=kind) for size in sizes],
+                [_us(points, variant=variant, mode=mode, size=size, kind=kind) for size in sizes],
                 color=f"C{i % 10}",
                 marker="osv^DPX*<>ph"[i % 12],
-                linestyle="--" if PRIVATE in mode else "-",
-                label=mode,
+                linestyle="--" if PRIVATE in mode else ":" if variant == "net" else "-",
+                label=mode if variant == "cxl" else f"{mode} (net)",
             )
         plots.sizes_axis(ax, sizes)
         plots.log_y(ax)

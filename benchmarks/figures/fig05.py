@@ -1,7 +1,7 @@
 """Fig 5: a chain of calls. What another service in between costs, by value and by Ref.
 
 A client calls a service that calls the next one, and so on; the last one sums an array. In between are forwarders, which read
-headers only. Each is a process.
+headers only. Each is a process. Over a memory server the services are the same, in processes that have no pool.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from . import plots
+from . import net, plots
 from .calls import total_block
 from .runner import Case, Options, Runner, Ticker, running
 from .summary import Point, Points, bar, bytes_text, point, ratio, slopes, spread
@@ -20,12 +20,20 @@ TITLE = "Fig 5: a chain of calls"
 CLAIMS = (
     "by reference (CXL) is best throughout, and nearly flat in the number of calls, while by value falls",
     "its latency is lower than by value for more than one call",
+    "by reference over the network is better than by value for more than one call, and nearly flat as well",
 )
 LONGEST = 6
 SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
 QUICK_SIZES = (4 << 10, 1 << 20, 4 << 20)
 WINDOW, WINDOW_SIZES = 8, (4 << 10, 1 << 20)
-LINES = (("value", "fresh"), ("cxl", "fresh"), ("cxl", "pre-shared"))
+LINES = (
+    ("value", "fresh"),
+    ("cxl", "fresh"),
+    ("cxl", "pre-shared"),
+    ("net", "fresh"),
+    ("net", "pre-shared"),
+    ("net-copy", "pre-shared"),
+)
 SLOPE_BAR = 0.10
 HEIGHT = 8.4
 
@@ -40,15 +48,29 @@ def _names(transport: str, longest: int) -> list[str]:
     return [f"{prefix}worker", *(f"{prefix}forwarder-{i}" for i in range(1, longest))]
 
 
+def lines(options: Options) -> list[tuple[str, str]]:
+    """Return (variant, mode) of what is measured."""
+    return [
+        line
+        for line in LINES
+        if options.wants(line[0]) and not (options.quick and line[0] == "net-copy" and not options.tiny)
+    ]
+
+
 def _cases(
-    options: Options, transport: str, place: str, sizes: tuple[int, ...], windows: tuple[int, ...]
+    options: Options,
+    transport: str,
+    place: str,
+    sizes: tuple[int, ...],
+    windows: tuple[int, ...],
+    there: net.NetFabric | None,
 ) -> list[Case]:
     hops = lengths(options)
     names = _names(transport, max(hops))
     made = []
-    for variant, mode in LINES:
-        if not options.wants(variant):
-            continue
+    for variant, mode in lines(options):
+        at_server = variant in net.VARIANTS
+        prefix = net.PREFIX if at_server else ""
         for size in sizes:
             for window in windows if size in WINDOW_SIZES else (1,):
                 for n in hops if window == 1 else (hops[0], hops[-1]):
@@ -59,6 +81,7 @@ def _cases(
                         "mode": mode,
                         "size": size,
                         "window": window,
+                        "eager": variant == "net-copy",
                     }
                     params = {
                         "hops": n,
@@ -72,10 +95,14 @@ def _cases(
                             variant,
                             mode,
                             params,
-                            ("client",),
+                            (f"{prefix}client",),
                             total_block,
                             arguments,
-                            (*names[:n], "coordinator"),
+                            tuple(
+                                f"{prefix}{name}"
+                                for name in (*names[:n], *(() if at_server else ("coordinator",)))
+                            ),
+                            pids=net.told(there).pids if at_server else None,
                         )
                     )
     return made
@@ -85,19 +112,22 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     """Measure."""
     sizes = QUICK_SIZES[:2] if options.tiny else QUICK_SIZES if options.quick else SIZES
     found: list[Point] = []
-    with running(options, ticker) as runner:
+    with running(options, ticker) as runner, net.if_wanted(runner) as there:
         longest = max(lengths(options))
-        for transport in options.transports:
-            runner.on.chain(
-                "" if transport == "ring" else f"{transport}-",
-                longest,
-                "auto" if transport == "ring" else "tcp",
-            )
-        runner.on.start("client")
+        for on in (runner.on, there):
+            if on is None:
+                continue
+            for transport in options.transports:
+                on.chain(
+                    "" if transport == "ring" else f"{transport}-",
+                    longest,
+                    "auto" if transport == "ring" else "tcp",
+                )
+            on.start("client")
         for place in options.places:
             runner.pin(place)
             for transport in options.transports:
-                found += _measure(runner, options, transport, place, sizes)
+                found += _measure(runner, options, transport, place, sizes, there)
     points = Points(found)
     return {
         "points": found,
@@ -108,11 +138,16 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
 
 
 def _measure(
-    runner: Runner, options: Options, transport: str, place: str, sizes: tuple[int, ...]
+    runner: Runner,
+    options: Options,
+    transport: str,
+    place: str,
+    sizes: tuple[int, ...],
+    there: net.NetFabric | None,
 ) -> list[Point]:
     windows = (1,) if options.quick else (1, WINDOW)
     # The slopes of all sizes are compared with each other, so all of them take turns.
-    cases = _cases(options, transport, place, sizes, windows)
+    cases = _cases(options, transport, place, sizes, windows, there)
     return [point(series) for series in runner.measure(cases, f"{transport}, {place}")]
 
 
@@ -160,9 +195,9 @@ def bars(points: Points) -> list[dict[str, Any]]:
     for transport, place in _places(points):
         where = {"transport": transport, "place": place}
         told = f"{'rings' if transport == 'ring' else 'TCP'}, {place}"
-        for mode in ("fresh", "pre-shared"):
+        for variant, mode in LINES[1:5]:
             sizes = points.values("size")
-            each = {size: _slopes(points, "cxl", mode, size, **where) for size in sizes}
+            each = {size: _slopes(points, variant, mode, size, **where) for size in sizes}
             base = each.get(sizes[0])
             if base is None:
                 continue
@@ -177,7 +212,7 @@ def bars(points: Points) -> list[dict[str, Any]]:
             at, most = max(ratios.items(), key=lambda item: abs(item[1] - 1))
             made.append(
                 bar(
-                    f"CPU of one more call by Ref, {bytes_text(sizes[0])} to {bytes_text(sizes[-1])}, "
+                    f"CPU of one more call {REGISTRY[variant].says}, {bytes_text(sizes[0])} to {bytes_text(sizes[-1])}, "
                     f"{mode}, {told}: off 1 by",
                     abs(most - 1),
                     SLOPE_BAR,
@@ -198,8 +233,10 @@ def headline(points: Points) -> str:
         ours = _slopes(points, "cxl", "fresh", size, **where)
         value = _slopes(points, "value", "fresh", size, **where)
         if ours and value:
+            there = _slopes(points, "net", "fresh", size, **where)
+            by_server = f", {statistics.median(there):.3g} us over a memory server" if there else ""
             return (
-                f"one more call with {bytes_text(size)} costs {statistics.median(ours):.3g} us of CPU by Ref and "
+                f"one more call with {bytes_text(size)} costs {statistics.median(ours):.3g} us of CPU by Ref{by_server} and "
                 f"{statistics.median(value):.4g} us by value ({transport}, {place})"
             )
     return ""

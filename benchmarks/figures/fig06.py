@@ -1,11 +1,12 @@
 """Fig 6: a load balancer. What a process costs that only forwards.
 
 Three clients with four calls under way each, a load balancer, three workers that sum an array. The balancer gives a call to the worker
-with the fewest; it reads headers only.
+with the fewest; it reads headers only. Over a memory server they are the same, in processes that have no pool.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import dmrpc_cxl
@@ -13,9 +14,9 @@ from dmrpc_cxl.rpc import Forwarder
 
 from ..rpc_stage import _here as here
 from ..rpc_stage import serve
-from . import plots
+from . import net, plots
 from .calls import total_block
-from .runner import Case, Options, Ticker, running
+from .runner import Case, Options, Runner, Ticker, running
 from .summary import Point, Points, bar, bytes_text, point
 from .variants import REGISTRY
 
@@ -28,7 +29,14 @@ PARTIES = 3
 WINDOW = 4
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 QUICK_SIZES = (4 << 10, 64 << 10, 1 << 20)
-LINES = (("value", "fresh"), ("cxl", "fresh"), ("cxl", "pre-shared"))
+LINES = (
+    ("value", "fresh"),
+    ("cxl", "fresh"),
+    ("cxl", "pre-shared"),
+    ("net", "fresh"),
+    ("net", "pre-shared"),
+    ("net-copy", "pre-shared"),
+)
 FLAT_BAR = 0.10
 HEIGHT = 7.0
 
@@ -50,36 +58,22 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     parties = 1 if options.tiny else PARTIES
     clients = tuple(f"client-{i}" for i in range(1, parties + 1))
     workers = tuple(f"worker-{i}" for i in range(1, parties + 1))
-    with running(options, ticker) as runner:
-        for name in workers:
-            runner.on.start(name, serve)
-        for transport in options.transports:
-            how = "auto" if transport == "ring" else transport
-            runner.on.start(f"balancer-{transport}", _balance, list(workers), how)
-        for name in clients:
-            runner.on.start(name)
+    with running(options, ticker) as runner, net.if_wanted(runner) as there:
+        for on in (runner.on, there):
+            if on is None:
+                continue
+            for name in workers:
+                on.start(name, serve)
+            for transport in options.transports:
+                how = "auto" if transport == "ring" else transport
+                on.start(f"balancer-{transport}", _balance, list(workers), how)
+            for name in clients:
+                on.start(name)
         for place in options.places:
             runner.pin(place)
             for transport in options.transports:
-                balancer = f"balancer-{transport}"
                 cases = [
-                    Case(
-                        variant,
-                        mode,
-                        {"size": size, "transport": transport, "place": place},
-                        clients,
-                        total_block,
-                        {
-                            "service": balancer,
-                            "transport": "auto" if transport == "ring" else transport,
-                            "transfer": REGISTRY[variant].transfer,
-                            "mode": mode,
-                            "size": size,
-                            "window": WINDOW,
-                        },
-                        (balancer, *workers, "coordinator"),
-                        gauges=lambda peer=runner.on.peers[balancer]: peer.call(_passed),  # type: ignore[misc]
-                    )
+                    _case(runner, there, variant, mode, size, transport, clients, workers)
                     for variant, mode in LINES
                     if options.wants(variant)
                     for size in sizes
@@ -87,6 +81,46 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
                 found += map(point, runner.measure(cases, f"{transport}, {place}"))
     points = Points(found)
     return {"points": found, "bars": bars(points), "headline": headline(points)}
+
+
+def _case(
+    runner: Runner,
+    there: net.NetFabric | None,
+    variant: str,
+    mode: str,
+    size: int,
+    transport: str,
+    clients: Sequence[str],
+    workers: Sequence[str],
+) -> Case:
+    at_server = variant in net.VARIANTS
+    prefix = net.PREFIX if at_server else ""
+    balancer = f"balancer-{transport}"
+    peer = runner.on.peers[f"{prefix}{balancer}"]
+
+    def passed() -> dict[str, float]:
+        found: dict[str, float] = peer.call(_passed)
+        return found
+
+    return Case(
+        variant,
+        mode,
+        {"size": size, "transport": transport, "place": runner.place},
+        tuple(f"{prefix}{name}" for name in clients),
+        total_block,
+        {
+            "service": balancer,
+            "transport": "auto" if transport == "ring" else transport,
+            "transfer": REGISTRY[variant].transfer,
+            "mode": mode,
+            "size": size,
+            "window": WINDOW,
+            "eager": variant == "net-copy",
+        },
+        (*(f"{prefix}{name}" for name in (balancer, *workers)), *(() if at_server else ("coordinator",))),
+        pids=net.told(there).pids if at_server else None,
+        gauges=passed,
+    )
 
 
 def balancer_cpu(one: Point) -> float:
@@ -109,14 +143,14 @@ def bars(points: Points) -> list[dict[str, Any]]:
         for transport in points.values("transport", place=place):
             where = {"place": place, "transport": transport}
             told = f"{'rings' if transport == 'ring' else 'TCP'}, {place}"
-            for mode in ("fresh", "pre-shared"):
-                line = points.select(variant="cxl", mode=mode, **where)
+            for variant, mode in LINES[1:5]:
+                line = points.select(variant=variant, mode=mode, **where)
                 if len(line) < 2:
                     continue
                 nbytes = [one["each"]["balancer_bytes"] for one in line]
                 made.append(
                     bar(
-                        f"bytes through the balancer for a call by Ref, {mode}, all sizes, {told}: "
+                        f"bytes through the balancer for a call {REGISTRY[variant].says}, {mode}, all sizes, {told}: "
                         "largest against smallest",
                         max(nbytes) / min(nbytes),
                         1 + FLAT_BAR,
@@ -134,11 +168,13 @@ def headline(points: Points) -> str:
         size = points.values("size")[-1]
         where = {"size": size, "place": place, "transport": transport}
         value, ours = (points.one(variant=v, mode="fresh", **where) for v in ("value", "cxl"))
+        there = points.one(variant="net", mode="fresh", **where)
         if value and ours:
+            by_server = f", {balancer_cpu(there):.3g} us over a memory server" if there else ""
             return (
                 f"{bytes_text(size)} takes the balancer {balancer_cpu(value):.3g} us and "
                 f"{value['each']['balancer_bytes'] / 1e3:,.0f} kB by value, {balancer_cpu(ours):.3g} us and "
-                f"{ours['each']['balancer_bytes'] / 1e3:.2g} kB by Ref ({transport}, {place})"
+                f"{ours['each']['balancer_bytes'] / 1e3:.2g} kB by Ref{by_server} ({transport}, {place})"
             )
     return ""
 

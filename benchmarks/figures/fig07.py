@@ -6,6 +6,9 @@ looking the address up, protecting, counting, writing the Ref's entry. Refs are 
 *pre-shared*: the buffers were shared before, so their pages are protected already; what the paper measures. *first*: the buffer was
 never shared. *fresh*: all that a buffer costs from ralloc to rfree is in the time, but for writing its data. *clone*: a second Ref to
 what a Ref denotes, which is little more than counting.
+
+At a memory server the same is asked of one server thread, copy-on-write against copying at once: *pre-shared* with one request
+outstanding, *pipelined* with so many under way that the server is never idle. Response times have the round trip in them.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from . import plots
+from . import net, plots
 from .blocks import Block
+from .net_blocks import refs_block as net_refs_block
 from .runner import Case, Options, Ticker, running
 from .summary import Point, Points, bar, bytes_text, point
 
@@ -36,12 +40,21 @@ LINES = (
     ("cxl", "clone"),
     ("cxl-copy", "pre-shared"),
     ("cxl-copy", "fresh"),
+    ("net", "pre-shared"),
+    ("net", "pipelined"),
+    ("net-copy", "pre-shared"),
+    ("net-copy", "pipelined"),
 )
 REGION_BYTES = 64 << 20  # that is walked through
 TINY_REGION_BYTES = 2 << 20
 GROUP_BYTES = 64 << 10  # calls timed together: a look at the clock must not count
 MOST_AT_ONCE = 16
 CLIENT = "client"
+MODES_SHOWN = {
+    "traffic_bytes": ("pre-shared",),
+    "latency": ("pre-shared", "first", "fresh", "clone"),
+}
+"""In a panel of the plot; others: all."""
 
 
 class _Walk:
@@ -162,21 +175,15 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     sizes = QUICK_SIZES[1:3] if options.tiny else QUICK_SIZES if options.quick else SIZES
     region = TINY_REGION_BYTES if options.tiny else REGION_BYTES
     found: list[Point] = []
-    with running(options, ticker, 1 << 30) as runner:
+    with running(options, ticker, 1 << 30) as runner, net.if_wanted(runner) as there:
         runner.on.start(CLIENT)
+        if there is not None:
+            there.start(CLIENT)
         for place in options.places:
             runner.pin(place)
             for size in sizes:
                 cases = [
-                    Case(
-                        variant,
-                        mode,
-                        {"size": size, "place": place},
-                        (CLIENT,),
-                        refs_block,
-                        {"variant": variant, "mode": mode, "size": size, "region": region},
-                        ("coordinator",),
-                    )
+                    _case(there, variant, mode, size, place, region)
                     for variant, mode in LINES
                     if options.wants(variant)
                 ]
@@ -185,9 +192,32 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     return {"points": found, "bars": bars(points), "headline": headline(points)}
 
 
-def _ratios(points: Points, what: str, mode: str, place: str) -> list[tuple[int, dict[str, float]]]:
-    copy_mode = "fresh" if mode == "fresh" else "pre-shared"
-    ours, copied = {"variant": "cxl", "mode": mode}, {"variant": "cxl-copy", "mode": copy_mode}
+def _case(
+    there: net.NetFabric | None, variant: str, mode: str, size: int, place: str, region: int
+) -> Case:
+    params = {"size": size, "place": place}
+    if variant not in net.VARIANTS:
+        arguments = {"variant": variant, "mode": mode, "size": size, "region": region}
+        return Case(variant, mode, params, (CLIENT,), refs_block, arguments, ("coordinator",))
+    arguments = {"mode": mode, "size": size, "region": region, "copy": variant == "net-copy"}
+    return Case(
+        variant,
+        mode,
+        params,
+        (f"{net.PREFIX}{CLIENT}",),
+        net_refs_block,
+        arguments,
+        pids=net.told(there).pids,
+        gauges=net.told(there).gauges,
+    )
+
+
+def _ratios(
+    points: Points, what: str, mode: str, place: str, variant: str = "cxl"
+) -> list[tuple[int, dict[str, float]]]:
+    copy_mode = "pre-shared" if mode in ("first", "clone") else mode
+    ours = {"variant": variant, "mode": mode}
+    copied = {"variant": f"{variant}-copy", "mode": copy_mode}
     over, under = (ours, copied) if what == "per_second" else (copied, ours)
     found = []
     for size in points.values("size"):
@@ -221,16 +251,18 @@ def bars(points: Points) -> list[dict[str, Any]]:
                         note=f"at {bytes_text(size)}",
                     )
                 )
-        for what, limit, says in (
-            ("per_second", 22.8, "rate"),
-            ("p50_us", 63.6, "response time"),
+        for variant, where, mode, what, limit, says in (
+            ("cxl", "", "pre-shared", "per_second", 22.8, "rate"),
+            ("cxl", "", "pre-shared", "p50_us", 63.6, "response time"),
+            ("net", " at a memory server", "pipelined", "per_second", 7.3, "rate, pipelined"),
+            ("net", " at a memory server", "pre-shared", "p50_us", 5.2, "response time"),
         ):
-            found = _ratios(points, what, "pre-shared", place)
+            found = _ratios(points, what, mode, place, variant)
             if found:
                 size, best = max(found, key=lambda item: item[1]["median"])
                 made.append(
                     bar(
-                        f"create_ref against an eager copy, best size, {says}, {place}",
+                        f"create_ref{where} against an eager copy, best size, {says}, {place}",
                         best,
                         limit,
                         note=f"at {bytes_text(size)}",
@@ -242,14 +274,16 @@ def bars(points: Points) -> list[dict[str, Any]]:
 def headline(points: Points) -> str:
     """Return what was measured, in one sentence."""
     place = plots.preferred(points.values("place"), "one CPU")
-    rate = _ratios(points, "per_second", "pre-shared", place)
-    time_ = _ratios(points, "p50_us", "pre-shared", place)
-    if not rate:
-        return ""
-    return (
-        f"up to {max(one['median'] for _, one in rate):.3g} x the rate and "
-        f"{max(one['median'] for _, one in time_):.3g} x lower response time, on {place}"
-    )
+    told = []
+    for variant, mode, says in (("cxl", "pre-shared", "in the pool"), ("net", "pipelined", "at a memory server")):
+        rate = _ratios(points, "per_second", mode, place, variant)
+        time_ = _ratios(points, "p50_us", "pre-shared", place, variant)
+        if rate and time_:
+            told.append(
+                f"{says} up to {max(one['median'] for _, one in rate):.3g} x the rate and "
+                f"{max(one['median'] for _, one in time_):.3g} x lower response time"
+            )
+    return f"{'; '.join(told)}; {place}" if told else ""
 
 
 def draw(result: dict[str, Any], figure: Any) -> None:
@@ -266,7 +300,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         ),
         strict=True,
     ):
-        modes = ("pre-shared",) if what == "traffic_bytes" else None
+        modes = MODES_SHOWN.get(what)
         plots.lines(ax, points, "size", what, {"place": place}, modes)
         plots.sizes_axis(ax, points.values("size"))
         plots.log_y(ax)

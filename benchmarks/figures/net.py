@@ -74,6 +74,7 @@ class NetFabric:
         """Return what the server has counted so far, and figures tell."""
         stats = self.client.stats()
         return {
+            "translation_ns": float(stats["translation_ns"]),
             "server_bytes_copied": float(stats["bytes_copied"]),
             "server_bytes_in": float(stats["bytes_in"]),
             "server_bytes_out": float(stats["bytes_out"]),
@@ -116,11 +117,13 @@ def bare(name: str) -> str:
 
 
 @contextlib.contextmanager
-def net_fabric(runner: Runner, *server_options: str) -> Iterator[NetFabric]:
-    """Run a memory server and a fabric for its hosts."""
+def net_fabric(
+    runner: Runner, *server_options: str, suffix: str = "-net"
+) -> Iterator[NetFabric]:
+    """Run a memory server and a fabric for its hosts; fabrics at the same time have different suffixes."""
     with (
         memory_server(*server_options) as (client, server),
-        running_fabric(DEVICE_BYTES, suffix="-net") as (fabric, coordinator),
+        running_fabric(DEVICE_BYTES, suffix=suffix) as (fabric, coordinator),
     ):
         made = NetFabric(runner, fabric, coordinator, client, server)
         runner.foreign.append(made.pids)
@@ -132,6 +135,11 @@ def net_fabric(runner: Runner, *server_options: str) -> Iterator[NetFabric]:
             raise
         finally:
             runner.foreign.remove(made.pids)
+
+
+def timing_server(runner: Runner) -> contextlib.AbstractContextManager[NetFabric]:
+    """Run another one, whose server takes the time of its look-ups of addresses."""
+    return net_fabric(runner, "--time-translation", suffix="-timing")
 
 
 def if_wanted(runner: Runner) -> contextlib.AbstractContextManager[NetFabric | None]:
