@@ -1,8 +1,11 @@
 """Fig 10: the image pipeline, seven services of which the last looks at the picture (examples/image_pipeline).
 
 Photographs as bitmaps go from a client through a firewall, a load balancer and one of two image processors to a transcoder or a
-compressor, and results come back the same way. Work: *none* reads every byte and adds them up; *scale* makes a thumbnail, as the paper's
+compressor, and results come back the same way. Over a memory server the same programs run in processes that have no pool. Work: *none* reads every byte and adds them up; *scale* makes a thumbnail, as the paper's
 authors did; *light* is that, or zlib on its fastest level.
+
+*pre-shared* in the pool: the last services have the pictures mapped. At a memory server the pictures lie there, written once, and each
+request makes another Ref of one, whose bytes the last service fetches anew; with `net-copy` that Ref is to a copy.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from .. import rpc_stage
-from . import plots
+from . import net, plots
 from .blocks import Block
+from .net_blocks import Resident
 from .runner import Case, Options, Runner, Ticker, running
 from .summary import Point, Points, bar, bytes_text, point
 
@@ -40,10 +44,32 @@ LINES = {
         ("cxl", "pre-shared"),
         ("cxl-copy", "fresh"),
         ("store", "fresh"),
+        ("net", "fresh"),
+        ("net", "pre-shared"),
+        ("net-copy", "pre-shared"),
     ),
-    "scale": (("value", "fresh"), ("cxl", "fresh"), ("cxl", "pre-shared")),
+    "scale": (
+        ("value", "fresh"),
+        ("cxl", "fresh"),
+        ("cxl", "pre-shared"),
+        ("net", "fresh"),
+        ("net", "pre-shared"),
+    ),
+    "light": (("value", "fresh"), ("cxl", "fresh"), ("net", "fresh")),
+}
+QUICK_LINES = {
+    "none": (
+        ("value", "fresh"),
+        ("cxl", "fresh"),
+        ("cxl", "pre-shared"),
+        ("net", "fresh"),
+        ("net", "pre-shared"),
+        ("net-copy", "pre-shared"),
+    ),
     "light": (("value", "fresh"), ("cxl", "fresh")),
 }
+WAYS = {"net": "cxl", "net-copy": "cxl"}
+"""How a variant is called in examples/image_pipeline, where hosts over memory servers run the same programs."""
 CLIENT = "client"
 PACKAGE = "examples.image_pipeline"
 HEIGHT = 7.6
@@ -97,6 +123,28 @@ class _Charged(Sequence[Any]):
         return file
 
 
+class _Copies(Sequence[Any]):
+    """Pictures at a memory server; picking one has the server copy it. Small ones, which go by value, are as they are."""
+
+    def __init__(self, host: Any, files: Sequence[Any]) -> None:
+        self._files = [
+            Resident(host, file) if file.nbytes >= host.threshold else file for file in files
+        ]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        file = self._files[index]
+        return file.copy() if isinstance(file, Resident) else file
+
+    def close(self) -> None:
+        """Free them."""
+        for file in self._files:
+            if isinstance(file, Resident):
+                file.close()
+
+
 _numbers = itertools.count(1)
 
 
@@ -115,12 +163,21 @@ def pictures_block(
     from examples.image_pipeline.work import Op
 
     seed = next(_numbers)  # of its own: what is pre-shared is named by a number that is drawn
-    options: Any = {"variant": variant, "mode": mode, "transport": transport, "seed": seed}
+    way = WAYS.get(variant, variant)
+    at_server = mode == "pre-shared" and variant in net.VARIANTS
+    options: Any = {
+        "variant": way, "mode": "fresh" if at_server else mode, "transport": transport, "seed": seed,
+    }  # fmt: skip
     client = Client(host, **options)
     key = PACKAGE, str(seed)
     rpc_stage._clients[key] = client._client
     files: Sequence[Any] = _pictures(size)
-    if mode == "pre-shared":
+    copies = _Copies(host, files) if variant == "net-copy" else None
+    if copies is not None:
+        files = copies
+    elif at_server:
+        files = [host.array(file) for file in files]
+    elif mode == "pre-shared":
         client.share(files)
     if charged:
         files = _Charged(host, files)
@@ -139,6 +196,10 @@ def pictures_block(
     def close() -> None:
         rpc_stage._clients.pop(key, None)
         client.close()
+        if copies is not None:
+            copies.close()
+        elif at_server:
+            del files[:]  # type: ignore[attr-defined]
 
     return Block(run, close=close, counts=counts)
 
@@ -146,14 +207,20 @@ def pictures_block(
 # ---------------------------------------------------------------- measuring
 
 
-def start_pipeline(runner: Runner, transport: str, *, store: bool) -> tuple[str, ...]:
-    """Start client and services, each in a process; return the names of the services."""
+def start_pipeline(
+    runner: Runner, transport: str, *, store: bool, there: net.NetFabric | None = None
+) -> tuple[str, ...]:
+    """Start client and services, each in a process, also over a memory server; return the names of the services."""
     from examples.image_pipeline import roles
 
     names: tuple[str, ...] = roles.service_names(variants=("store",) if store else ())
     for name in reversed(names):
         runner.on.start(name, start_service, transport)
     runner.on.start(CLIENT)
+    if there is not None:
+        for name in reversed(roles.service_names()):
+            there.start(name, start_service, transport)
+        there.start(CLIENT)
     return names
 
 
@@ -166,15 +233,18 @@ def case(
     size: int,
     work: str,
     window: int,
+    there: net.NetFabric | None = None,
     **more: Any,
 ) -> Case:
     """Return one point."""
+    at_server = variant in net.VARIANTS
+    prefix = net.PREFIX if at_server else ""
     return Case(
         variant,
         mode,
         {"size": size, "work": work, "window": window, "transport": transport, "place": place}
         | more,
-        (CLIENT,),
+        (f"{prefix}{CLIENT}",),
         pictures_block,
         {
             "variant": variant,
@@ -184,26 +254,35 @@ def case(
             "work": work,
             "window": window,
         },
-        (*services, "coordinator"),
+        tuple(f"{net.PREFIX}{name}" for name in services if name != "store")
+        if at_server
+        else (*services, "coordinator"),
+        pids=net.told(there).pids if at_server else None,
+        gauges=net.told(there).gauges if at_server else None,
     )
 
 
-def _cases(services: Sequence[str], options: Options, transport: str, place: str) -> list[Case]:
+def _cases(
+    services: Sequence[str],
+    options: Options,
+    transport: str,
+    place: str,
+    there: net.NetFabric | None,
+) -> list[Case]:
     sizes = SIZES[2:3] if options.tiny else QUICK_SIZES if options.quick else SIZES
-    works = ("none",) if options.tiny else ("none", "light") if options.quick else tuple(LINES)
+    lines = QUICK_LINES if options.quick else LINES
     made = []
-    for work in works:
-        for variant, mode in LINES[work]:
-            if not options.wants(variant) or (options.quick and variant not in ("value", "cxl")):
-                continue
-            made += [
-                case(services, variant, mode, transport, place, size, work, WINDOW)
-                for size in sizes
-            ]
+    for work in ("none",) if options.tiny else lines:
+        made += [
+            case(services, variant, mode, transport, place, size, work, WINDOW, there)
+            for variant, mode in lines[work]
+            if options.wants(variant)
+            for size in (sizes if work == "none" or not options.quick else sizes[-1:])
+        ]
     for size in () if options.tiny else LATENCY_SIZES:
         for variant, mode in LINES["light"]:
             if options.wants(variant):
-                one = case(services, variant, mode, transport, place, size, "none", 1)
+                one = case(services, variant, mode, transport, place, size, "none", 1, there)
                 one.seconds = options.seconds if options.quick else LATENCY_SECONDS
                 made.append(one)
     return made
@@ -215,11 +294,11 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
         return {"points": [], "bars": [], "skipped": {"image pipeline": reason}}
     found: list[Point] = []
     for transport in options.transports:
-        with running(options, ticker, DEVICE_BYTES) as runner:
-            services = start_pipeline(runner, transport, store=not options.quick)
+        with running(options, ticker, DEVICE_BYTES) as runner, net.if_wanted(runner) as there:
+            services = start_pipeline(runner, transport, store=not options.quick, there=there)
             for place in options.places:
                 runner.pin(place)
-                cases = _cases(services, options, transport, place)
+                cases = _cases(services, options, transport, place, there)
                 found += map(point, runner.measure(cases, f"{transport}, {place}"))
     points = Points(found)
     return {"points": found, "bars": bars(points), "headline": headline(points)}
@@ -264,6 +343,8 @@ _ASKED = (
     ("ring", 4 << 10, 0.9),
     ("tcp", 4 << 10, 0.9),
 )
+_ASKED_OF_SERVERS = (("fresh", 1.3), ("pre-shared", 3.0))
+_ASKED_SIZES = (1 << 20, 4 << 20)
 
 
 def bars(points: Points) -> list[dict[str, Any]]:
@@ -288,6 +369,7 @@ def bars(points: Points) -> list[dict[str, Any]]:
                         note=f"CPU time {cpu['median']:.3g} x lower",
                     )
                 )
+        made += _of_servers(points, place)
         for transport in points.values("transport", place=place):
             for size in LATENCY_SIZES:
                 which = dict(size=size, work="none", window=1, transport=transport, place=place)
@@ -305,6 +387,30 @@ def bars(points: Points) -> list[dict[str, Any]]:
     return made
 
 
+def _of_servers(points: Points, place: str) -> list[dict[str, Any]]:
+    """Return what is asked of `net`, over TCP."""
+    made = []
+    value = {"variant": "value", "mode": "fresh"}
+    for mode, limit in _ASKED_OF_SERVERS:
+        ours = {"variant": "net", "mode": mode}
+        for work in ("none", "scale"):
+            for size in _ASKED_SIZES:
+                which = dict(size=size, work=work, window=WINDOW, transport="tcp", place=place)
+                found = points.ratio("per_second", ours, value, **which)
+                cpu = points.ratio("cpu_us", value, ours, **which)
+                if found is None or cpu is None:
+                    continue
+                made.append(
+                    bar(
+                        f"{bytes_text(size)}, TCP, work {work}, {place}: throughput over a memory server against by value, {mode}",
+                        found,
+                        limit,
+                        note=f"CPU time {cpu['median']:.3g} x lower",
+                    )
+                )
+    return made
+
+
 def headline(points: Points) -> str:
     """Return what was measured, in one sentence."""
     place = plots.preferred(points.values("place"), "one CPU")
@@ -312,14 +418,16 @@ def headline(points: Points) -> str:
     for transport in points.values("transport", place=place):
         sizes = points.values("size", transport=transport)
         which = dict(size=sizes[-1], work="none", window=WINDOW, transport=transport, place=place)
-        found = points.ratio(
-            "per_second",
-            {"variant": "cxl", "mode": "fresh"},
-            {"variant": "value", "mode": "fresh"},
-            **which,
-        )
-        if found:
-            told.append(f"{found['median']:.2g} x over {'rings' if transport == 'ring' else 'TCP'}")
+        for variant, says in (("cxl", ""), ("net", " and a memory server")):
+            found = points.ratio(
+                "per_second",
+                {"variant": variant, "mode": "fresh"},
+                {"variant": "value", "mode": "fresh"},
+                **which,
+            )
+            if found:
+                by = "rings" if transport == "ring" else "TCP"
+                told.append(f"{found['median']:.2g} x over {by}{says}")
     return (
         f"throughput by Ref, {bytes_text(sizes[-1])}, no work, {place}: {', '.join(told)}"
         if told
@@ -394,7 +502,7 @@ def _draw_latencies(ax: Any, points: Points, transport: str, place: str) -> None
 
     names = ("mean", "p50", "p99", "p99.5", "p99.9")
     size = LATENCY_SIZES[0]
-    for i, variant in enumerate(("value", "cxl")):
+    for i, variant in enumerate(("value", "cxl", "net")):
         one = points.one(
             variant=variant,
             mode="fresh",
@@ -406,9 +514,9 @@ def _draw_latencies(ax: Any, points: Points, transport: str, place: str) -> None
         )
         if one is not None:
             ax.bar(
-                [x + 0.4 * i - 0.2 for x in range(len(names))],
+                [x + 0.28 * (i - 1) for x in range(len(names))],
                 [one["latency_us"][name] for name in names],
-                0.38,
+                0.26,
                 color=REGISTRY[variant].colour,
             )
     ax.set_xticks(range(len(names)), names)
