@@ -23,9 +23,7 @@ from .summary import Point, Points, bar, bytes_text, point, spread
 
 NAME = "e0"
 TITLE = "E0: what accesses and calls cost"
-CLAIMS = (
-    "translating addresses in software takes 0.17 % of an access over the network",
-)
+CLAIMS = ("translating addresses in software takes 0.17 % of an access over the network",)
 ACCESS_SIZES = (64, 1024, 4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
 CALL_SIZES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20)
 CLIENT, TIMING_CLIENT = "client", "timing-client"
@@ -254,8 +252,12 @@ def _at_servers(
 
         cases = []
         for size in accesses:
-            where = {"size": size, "kind": "access", "room": max(room, 2 * size)}
-            cases += [case(what, at=there, name=CLIENT, what=what, **where) for what in NET_ACCESSES]
+            where: dict[str, Any] = {
+                "size": size, "kind": "access", "room": max(room, 2 * size),
+            }  # fmt: skip
+            cases += [
+                case(what, at=there, name=CLIENT, what=what, **where) for what in NET_ACCESSES
+            ]
             cases.append(case(TIMED, at=timing, name=TIMING_CLIENT, what="rread", **where))
         found += map(point, runner.measure(cases, f"accesses at a server, {place}"))
         cases = [

@@ -53,7 +53,8 @@ def lines(options: Options) -> list[tuple[str, str]]:
     return [
         line
         for line in LINES
-        if options.wants(line[0]) and not (options.quick and line[0] == "net-copy" and not options.tiny)
+        if options.wants(line[0])
+        and not (options.quick and line[0] == "net-copy" and not options.tiny)
     ]
 
 

@@ -117,7 +117,10 @@ def _case(
             "window": WINDOW,
             "eager": variant == "net-copy",
         },
-        (*(f"{prefix}{name}" for name in (balancer, *workers)), *(() if at_server else ("coordinator",))),
+        (
+            *(f"{prefix}{name}" for name in (balancer, *workers)),
+            *(() if at_server else ("coordinator",)),
+        ),
         pids=net.told(there).pids if at_server else None,
         gauges=passed,
     )

@@ -275,7 +275,10 @@ def headline(points: Points) -> str:
     """Return what was measured, in one sentence."""
     place = plots.preferred(points.values("place"), "one CPU")
     told = []
-    for variant, mode, says in (("cxl", "pre-shared", "in the pool"), ("net", "pipelined", "at a memory server")):
+    for variant, mode, says in (
+        ("cxl", "pre-shared", "in the pool"),
+        ("net", "pipelined", "at a memory server"),
+    ):
         rate = _ratios(points, "per_second", mode, place, variant)
         time_ = _ratios(points, "p50_us", "pre-shared", place, variant)
         if rate and time_:

@@ -14,16 +14,20 @@ value at the lowest rate, and requests were done at 99 % of the rate at which th
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from dmrpc_net.host import NetHost
-
 from ..rpc_stage import Stage
 from . import net, plots
-from .blocks import Block
+from .posts import (
+    bytes_forwarded,
+    fill_network,
+    requests_block,
+    start_process,
+    stop_process,
+    why_not,
+)
 from .runner import Case, Options, Runner, Ticker, running
 from .summary import Point, Points, bar, point
 
@@ -34,9 +38,6 @@ CLAIMS = (
 )
 VARIANTS = ("value", "net", "cxl")
 """To have another one measured: a class in examples/social_network/variants.py, and its name here."""
-WAYS = {"net": "cxl"}
-"""How a variant is called in examples/social_network, where hosts over memory servers run the same programs."""
-NOT_AT_SERVERS = ("cxl-posts",)  # Refs in fields of messages are the pool's
 BY_REF = ("net", "cxl")
 MORE_VARIANTS = ("cxl-ref", "cxl-posts")  # by reference however small; capacity only
 PROFILES = ("original", "heavy", "media")
@@ -50,95 +51,9 @@ HELD = 0.99
 WINDOW = 8
 SECONDS, QUICK_SECONDS = 0.6, 0.3
 USERS, QUICK_USERS = 200, 100
-REQUESTS = 2000
 CLIENT = "client"
-PACKAGE = "examples.social_network"
 HEIGHT = 7.6
 DEVICE_BYTES = 512 << 20
-
-_processes: list[Any] = []
-_numbers = itertools.count(1)
-
-
-def why_not() -> str:
-    """Say why it cannot be measured here; nothing if it can."""
-    if importlib.util.find_spec(PACKAGE) is None:
-        return "examples/social_network is not there"
-    return ""
-
-
-# ---------------------------------------------------------------- in the processes
-
-
-def start_process(host: Any, name: str, transport: str) -> None:
-    """Start the services of one process; what they keep is in memory."""
-    from examples.social_network import roles
-
-    how: Any = transport
-    _processes.append(roles.start(host, name, transport=how))
-
-
-def stop_process(host: Any) -> None:
-    """End them."""
-    while _processes:
-        _processes.pop().stop()
-
-
-def bytes_forwarded(host: Any) -> int:
-    """Return what this process has passed on."""
-    return int(_processes[0].account().bytes_forwarded)
-
-
-def fill_network(host: Any, profile: str, users: int) -> int:
-    """Have the services keep users, followers and posts; check that they do what they are for."""
-    from examples.social_network import checks, fill, graph, load, profiles, storage
-    from examples.social_network.variants import VARIANTS as ways
-
-    writer = profiles.Writer(profiles.PROFILES[profile], users)
-    edges = graph.part_of(graph.default(), users)
-    nr_posts = fill.fill(host, edges, users, writer)
-    left_out = NOT_AT_SERVERS if isinstance(host, NetHost) else ()
-    generators = {name: load.Generator(host, name) for name in ways if name not in left_out}
-    client: Any = host.connect("post-storage", storage.PostStorage)
-    with client as posts:
-        checks.check_all(host, generators, writer, posts, range(3))
-    for one in generators.values():
-        one.close()
-    return nr_posts
-
-
-def requests_block(
-    host: Any, variant: str, profile: str, users: int, transport: str, rate: float
-) -> Block:
-    """Return a block of requests; rate 0: WINDOW at a time."""
-    from examples.social_network import load, profiles
-
-    how: Any = transport
-    way = WAYS.get(variant, variant)
-    generator = load.Generator(host, way, transport=how)
-    seed = next(_numbers)
-    writer = profiles.Writer(profiles.PROFILES[profile], users, seed)
-    requests = [writer.request(i, way) for i in range(REQUESTS)]
-    counts: dict[str, float] = {}
-
-    def run(n: int) -> Sequence[int]:
-        if rate:
-            tally = generator.open_loop(
-                requests, rate, count=n, warm_up=0.0, seed=seed * 1000 + len(requests)
-            )
-        else:
-            tally = generator.closed_loop(requests, count=n, window=WINDOW, warm_up=0.0)
-        if tally.errors or tally.done != tally.offered:
-            raise AssertionError(f"of {tally.offered} requests {dict(tally.errors)} failed")
-        counts["timed_ns"] = tally.seconds * 1e9
-        counts["scheduled_ns"] = tally.scheduled_seconds * 1e9
-        counts["aborted"] = float(tally.aborted) * n
-        counts["late_ns"] = float(tally.lag.get_mean_value()) * n
-        counts["posts"] = tally.nr_posts
-        return tally.each_ns
-
-    return Block(run, close=generator.close, counts=counts)
-
 
 # ---------------------------------------------------------------- measuring
 
@@ -360,6 +275,15 @@ def _standing(points: Points, name: str, where: dict[str, Any]) -> tuple[float, 
     return highest_rate(points, name, **where) or 0.0, capacity["per_second"]["median"]
 
 
+def _passing(points: Points, name: str, where: dict[str, Any]) -> str:
+    """Say how much less passes the proxy than by value: nothing, if lists of this profile are below the threshold."""
+    both = [points.one(variant=one, share=0.0, **where) for one in ("value", name)]
+    nbytes = [one["each"].get("bytes_proxy", 0.0) if one else 0.0 for one in both]
+    if nbytes[1] > 0.98 * nbytes[0]:
+        return "lists are below the threshold, so both do the same"
+    return f"{nbytes[1]:,.0f} bytes pass the proxy, by value {nbytes[0]:,.0f}"
+
+
 def _bars_of(
     points: Points, name: str, where: dict[str, Any], limit: float
 ) -> list[dict[str, Any]]:
@@ -370,8 +294,11 @@ def _bars_of(
     made = []
     capacity = points.ratio("per_second", ours, value, share=0.0, **where)
     cpu = points.ratio("cpu_us", value, ours, share=0.0, **where)
-    note = f"CPU time of a request {cpu['median']:.3g} x lower" if cpu else ""
-    note += "; lists are below the threshold: all variants do the same"
+    note = (
+        f"CPU time of a request {cpu['median']:.3g} x lower; {_passing(points, name, where)}"
+        if cpu
+        else ""
+    )
     rates = [highest_rate(points, one, **where) for one in ("value", name)]
     if rates[0]:
         ratio = (rates[1] or 0.0) / rates[0]
@@ -405,7 +332,9 @@ def headline(points: Points) -> str:
             "per_second", {"variant": name}, {"variant": "value"}, share=0.0, **where
         )
         if found and where["place"] == place:
-            told.append(f"{found['median']:.2g} x ({name}, {where['profile']}, {where['transport']})")
+            told.append(
+                f"{found['median']:.2g} x ({name}, {where['profile']}, {where['transport']})"
+            )
     return f"requests per second by Ref against by value: {', '.join(told)}" if told else ""
 
 

@@ -117,9 +117,7 @@ def bare(name: str) -> str:
 
 
 @contextlib.contextmanager
-def net_fabric(
-    runner: Runner, *server_options: str, suffix: str = "-net"
-) -> Iterator[NetFabric]:
+def net_fabric(runner: Runner, *server_options: str, suffix: str = "-net") -> Iterator[NetFabric]:
     """Run a memory server and a fabric for its hosts; fabrics at the same time have different suffixes."""
     with (
         memory_server(*server_options) as (client, server),

@@ -30,7 +30,7 @@ def region_of(client: dmrpc_net.Client, room: int) -> int:
     """Return the address of a region, all of it written; blocks of one process share it."""
     if room not in _regions:
         _regions[room] = client.ralloc(room)
-        data = np.ones(min(room, 1 << 20), "u1")
+        data: Any = np.ones(min(room, 1 << 20), "u1")
         for at in range(0, room, data.nbytes):
             client.rwrite(_regions[room] + at, data)
     return _regions[room]
@@ -124,8 +124,8 @@ def access_block(host: Any, what: str, size: int, room: int) -> Block:
     client: dmrpc_net.Client = host.memory.client
     base = region_of(client, room)
     pages = (room - size) // PAGE + 1
-    data = np.ones(size, "u1")
-    into = np.zeros(size, "u1")
+    data: Any = np.ones(size, "u1")
+    into: Any = np.zeros(size, "u1")
     turn = 0
     now = time.perf_counter_ns
 
@@ -154,8 +154,8 @@ def access_block(host: Any, what: str, size: int, room: int) -> Block:
 
 def _calls(client: dmrpc_net.Client, size: int) -> dict[str, tuple[Any, Any]]:
     """Return for each call what is done before the clock starts, and the call, which is given that."""
-    data = np.ones(size, "u1")
-    into = np.zeros(size, "u1")
+    data: Any = np.ones(size, "u1")
+    into: Any = np.zeros(size, "u1")
     kept = client.ralloc(size)
     client.rwrite(kept, data)
 

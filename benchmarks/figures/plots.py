@@ -10,7 +10,14 @@ from typing import Any
 from .summary import Point, Points, bytes_text
 from .variants import REGISTRY
 
-DASHES = {"fresh": "-", "shared": "--", "pre-shared": ":", "first": "-.", "clone": (0, (1, 3)), "pipelined": "--"}
+DASHES = {
+    "fresh": "-",
+    "shared": "--",
+    "pre-shared": ":",
+    "first": "-.",
+    "clone": (0, (1, 3)),
+    "pipelined": "--",
+}
 INK, FAINT = "#222222", "#d9d9d9"
 STYLE: dict[Any, Any] = {
     "font.size": 9,

@@ -31,7 +31,8 @@ in brackets, the lowest and the highest. Every result was checked.
 
 *fresh* lines write the data anew for each request, and all that its Ref, its pages and its faults cost is in the time. *shared*: the caller
 writes into a DM buffer made for the request and keeps it, so the receiver's stores are copy-on-write. *pre-shared* lines are the paper's
-way: the data was written once, before. *one CPU*: all processes pinned to one; *free*: the kernel chooses.
+way: the data was written once, before. `cxl` is by Ref through the pool, `net` through a memory server over loopback TCP, whose CPU time
+counts; the `-copy` variants copy at once whenever a Ref is made. *one CPU*: all processes pinned to one; *free*: the kernel chooses.
 
 **Machine**: {cpu}, {cpus} CPUs; Linux {kernel}; Python {python}, NumPy {numpy}; load average {load:.1f} when the run began{busy}.
 {quick}"""
@@ -41,7 +42,8 @@ _BUSY = """ (more than these measurements make: others were at work, and the spr
 _LOSES = """\
 ## Where by reference loses, and why
 
-Points at which the line *cxl, fresh* has a lower throughput than another one of the same figure, with fresh data as well:
+Points at which the line *cxl, fresh* or *net, fresh* has a lower throughput than another one of the same figure, with fresh data as well
+(`net` against `cxl` is left out: a round trip costs more than a load):
 """
 
 _QUICK = """
@@ -55,6 +57,9 @@ _FOOT = """\
   frames that are colder. The gain begins with the second call in a row, or over TCP.
 - **Stores to shared pages.** A copy-on-write fault wakes another thread, and costs as much as copying dozens of pages. A receiver that
   overwrites most of what it gets should be given it (`move`) or ask for a copy (`transfer="copy"`).
+- **A memory server.** The bytes go to the server and from there to who looks at them: twice through the kernel, however many services are in
+  between. By value they go through once for each call, over rings not through the kernel at all. So one or two calls with fresh data are
+  cheaper by value, and long chains, and data that lies at the server already, are not.
 - **Against shared memory by hand** at 32 KiB: two copies of 32 KiB cost less than one call of any RPC layer in Python. The hand-written
   program has one client, one receiver, one buffer, no names, no errors, no deadlines, and loses the isolation if a second sender comes.
 - **Whole lives of buffers that are kept.** Making a Ref to a new buffer that its creator keeps protects its pages, and using the memory
@@ -153,18 +158,24 @@ def _section(result: Result, pictures: str) -> list[str]:
 
 
 def losses(result: Result) -> list[list[str]]:
-    """Return rows for where `cxl` is slower than others, by other, place and size."""
+    """Return rows for where `cxl` and `net` are slower than others, by other, place and size."""
     points = Points(result["points"])
     found: dict[tuple[str, ...], list[float]] = {}
     total: dict[tuple[str, ...], int] = {}
-    for one in points.select(variant="cxl", mode="fresh"):
+    for one in (
+        *points.select(variant="cxl", mode="fresh"),
+        *points.select(variant="net", mode="fresh"),
+    ):
         params = one["params"]
         for other in points.select(mode="fresh", **params):
-            if other["variant"] == "cxl":
+            if other["variant"] == one["variant"] or (one["variant"], other["variant"]) == (
+                "net",
+                "cxl",
+            ):
                 continue
             size = params.get("size", params.get("block", 0))
             where = ", ".join(str(params[k]) for k in ("transport", "place") if k in params)
-            key = (other["variant"], where, bytes_text(size))
+            key = (one["variant"], other["variant"], where, bytes_text(size))
             total[key] = total.get(key, 0) + 1
             share = ratio(one["rounds"]["per_second"], other["rounds"]["per_second"])["median"]
             if share < 1:
@@ -203,7 +214,15 @@ def text(results: Sequence[Result], pictures: str) -> str:
     for result in results:
         lines += _section(result, pictures)
     rows = [row for result in results if result["figure"] != "e0" for row in losses(result)]
-    head_row = ["figure", "slower than", "where", "size", "points", "throughput, 1 = the other's"]
+    head_row = [
+        "figure",
+        "variant",
+        "slower than",
+        "where",
+        "size",
+        "points",
+        "throughput, 1 = the other's",
+    ]
     lines += [_LOSES, *(_markdown_table(head_row, rows) if rows else ["None."]), "", "Why:", ""]
     return "\n".join(lines) + "\n" + _FOOT
 
