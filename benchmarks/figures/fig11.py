@@ -48,7 +48,6 @@ QUICK_SHARES = (0.1, 0.5, 0.8)
 EQUAL_SHARE = 0.5  # of the smaller capacity: where mean latencies are compared
 BOUND = 10.0
 HELD = 0.99
-WINDOW = 8
 SECONDS, QUICK_SECONDS = 0.6, 0.3
 USERS, QUICK_USERS = 200, 100
 CLIENT = "client"

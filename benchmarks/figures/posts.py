@@ -13,6 +13,7 @@ from .blocks import Block
 
 PACKAGE = "examples.social_network"
 REQUESTS = 2000
+WINDOW = 8
 WAYS = {"net": "cxl"}
 """How a variant is called in examples/social_network, where hosts over memory servers run the same programs."""
 NOT_AT_SERVERS = ("cxl-posts",)  # Refs in fields of messages are the pool's
