@@ -24,7 +24,7 @@ CLAIMS = (
 )
 LONGEST = 6
 SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
-QUICK_SIZES = (4 << 10, 1 << 20, 4 << 20)
+QUICK_SIZES = (4 << 10, 1 << 20)
 WINDOW, WINDOW_SIZES = 8, (4 << 10, 1 << 20)
 LINES = (
     ("value", "fresh"),

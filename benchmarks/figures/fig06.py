@@ -28,7 +28,7 @@ CLAIMS = (
 PARTIES = 3
 WINDOW = 4
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
-QUICK_SIZES = (4 << 10, 64 << 10, 1 << 20)
+QUICK_SIZES = (4 << 10, 1 << 20)
 LINES = (
     ("value", "fresh"),
     ("cxl", "fresh"),

@@ -71,7 +71,13 @@ def lines(size: int, transport: str, options: Options) -> list[tuple[str, str]]:
 
 def shares(options: Options) -> tuple[float, ...]:
     """Return the percentages of pages that are written."""
-    return (0.0, 100.0) if options.tiny else (0.0, 50.0, 100.0) if options.quick else SHARES
+    return (0.0, 100.0) if options.quick else SHARES
+
+
+def sizes(transport: str, options: Options) -> tuple[int, ...]:
+    """Return the sizes of blocks."""
+    one = options.tiny or (options.quick and transport != options.transports[0])
+    return (SMALL,) if one else (SMALL, LARGE)
 
 
 @contextlib.contextmanager
@@ -176,7 +182,7 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
         for place in options.places:
             runner.pin(place)
             for transport in options.transports:
-                for size in (SMALL,) if options.tiny else (SMALL, LARGE):
+                for size in sizes(transport, options):
                     what = f"{bytes_text(size)}, {transport}, {place}"
                     series = runner.measure(cases(who, size, transport, place, options), what)
                     found += map(point, series)

@@ -26,7 +26,7 @@ CLAIMS = (
     "at 4 KB the mean latency is 1.7 x lower (CXL), tails are lower as well",
 )
 SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
-QUICK_SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
+QUICK_SIZES = (4 << 10, 1 << 20, 4 << 20)
 LATENCY_SIZES = (4 << 10, 64 << 10)
 WINDOW = 4
 LATENCY_SECONDS = 0.4  # of a block that is to have a 99.9th percentile
@@ -140,7 +140,7 @@ def _cases(
             if options.wants(variant)
             for size in (sizes if work == "none" or not options.quick else sizes[-1:])
         ]
-    for size in () if options.tiny else LATENCY_SIZES:
+    for size in () if options.tiny else LATENCY_SIZES[:1] if options.quick else LATENCY_SIZES:
         for variant, mode in LINES["light"]:
             if options.wants(variant):
                 one = case(services, variant, mode, transport, place, size, "none", 1, there)
