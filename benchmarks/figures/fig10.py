@@ -4,8 +4,8 @@ Photographs as bitmaps go from a client through a firewall, a load balancer and 
 compressor, and results come back the same way. Over a memory server the same programs run in processes that have no pool. Work: *none* reads every byte and adds them up; *scale* makes a thumbnail, as the paper's
 authors did; *light* is that, or zlib on its fastest level.
 
-*pre-shared* in the pool: the last services have the pictures mapped. At a memory server the pictures lie there, written once, and each
-request makes another Ref of one, whose bytes the last service fetches anew; with `net-copy` that Ref is to a copy.
+*pre-shared* in the pool: the last services have the pictures mapped. At a memory server they lie there, written once, and the
+last service reads each from there, for each request, into memory that it has; with `net-copy` each request has a Ref to a copy.
 """
 
 from __future__ import annotations

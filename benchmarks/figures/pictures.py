@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import rpc_stage
-from . import net
 from .blocks import Block
 from .net_blocks import Resident
 
 PACKAGE = "examples.image_pipeline"
 PICTURES = 14
 CHECK_EVERY = 32
-WAYS = {"net": "cxl", "net-copy": "cxl"}
-"""How a variant is called in examples/image_pipeline, where hosts over memory servers run the same programs."""
+WAYS = {"net-copy": "net"}
+"""How a variant is called in examples/image_pipeline, if not by its own name."""
 
 _files: dict[int, list[Any]] = {}
 
@@ -33,9 +33,47 @@ def why_not() -> str:
     return ""
 
 
+def _add_variant() -> None:
+    """Have the programs of the example know `net`: in this process."""
+    from dmrpc_net.memory import Memory
+    from examples.image_pipeline.variants import VARIANTS, Cxl
+
+    if "net" in VARIANTS:
+        return
+
+    class Net(Cxl):
+        """As `cxl`; but what is pre-shared stays at the server, and each picture is read from there when it is asked for."""
+
+        name = "net"
+        about = "by reference to a memory server"
+
+        def __init__(self, host: Any) -> None:
+            super().__init__(host)
+            self._into = threading.local()
+
+        def open(self, request: Any) -> Any:
+            """See Variant."""
+            if not request.handle:
+                return super().open(request)
+            nbytes = request.image_bytes
+            buffer = Memory.buffer_of(self._regions[request.handle])
+            room = getattr(self._into, "room", None)
+            if room is None or room.nbytes < nbytes:
+                room = self._into.room = np.zeros(nbytes, np.uint8)
+            memory: Any = self.host.memory  # type: ignore[attr-defined]
+            assert buffer is not None
+            into = room[:nbytes]
+            memory.client.get(buffer.ref, into, offset=request.offset, size=nbytes, keep=True)
+            return into
+
+    VARIANTS["net"] = Net
+
+
 def start_service(host: Any, name: str, transport: str) -> None:
     """Start one of the services in this process."""
     from examples.image_pipeline import roles
+
+    _add_variant()
 
     how: Any = transport
     rpc_stage._here[name] = roles.start(host, name, transport=how).end
@@ -101,14 +139,14 @@ def pictures_block(
     charged: bool = False,
 ) -> Block:
     """Return a block of pictures; a request is one."""
+    _add_variant()
     from examples.image_pipeline.client import Client
     from examples.image_pipeline.work import Op
 
     seed = next(_numbers)  # of its own: what is pre-shared is named by a number that is drawn
     way = WAYS.get(variant, variant)
-    at_server = mode == "pre-shared" and variant in net.VARIANTS
     options: Any = {
-        "variant": way, "mode": "fresh" if at_server else mode, "transport": transport, "seed": seed,
+        "variant": way, "mode": "fresh" if variant == "net-copy" else mode, "transport": transport, "seed": seed,
     }  # fmt: skip
     client = Client(host, **options)
     key = PACKAGE, str(seed)
@@ -117,8 +155,6 @@ def pictures_block(
     copies = _Copies(host, files) if variant == "net-copy" else None
     if copies is not None:
         files = copies
-    elif at_server:
-        files = [host.array(file) for file in files]
     elif mode == "pre-shared":
         client.share(files)
     if charged:
@@ -140,7 +176,5 @@ def pictures_block(
         client.close()
         if copies is not None:
             copies.close()
-        elif at_server:
-            del files[:]  # type: ignore[attr-defined]
 
     return Block(run, close=close, counts=counts)
