@@ -5,6 +5,9 @@
 ``blocks``     the same, as seen from the process that sends the requests
 ``summary``    ratios within rounds and their spread, slopes, percentiles
 ``variants``   ways to pass an argument: by value, by Ref, object stores, Ray, Spark. One class each, one registry
+``net``        the processes of variants over memory servers: a server, a fabric of hosts without the pool
+``net_blocks`` blocks of calls of a memory server's client
+``calls``      blocks of calls with an array; ``pictures`` and ``posts``: of requests to the two applications
 ``e0`` ...     one module for each experiment: ``run`` measures, ``draw`` plots, ``BARS`` and ``CLAIMS`` say
                what is expected
 ``plots``      what all plots look like

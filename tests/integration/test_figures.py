@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.figures import __main__ as command
-from benchmarks.figures import fig08, plots, report
+from benchmarks.figures import e0, fig08, net, net_blocks, plots, report
 from benchmarks.figures.blocks import Block, one_by_one
 from benchmarks.figures.runner import Case, Options, Ticker, running
 from benchmarks.figures.summary import Points
@@ -17,24 +17,27 @@ from benchmarks.figures.variants import REGISTRY
 from benchmarks.figures.variants.base import Writing
 from benchmarks.peers import PeerFailed
 
-OURS = frozenset(("value", "cxl", "cxl-1", "cxl-copy", "store", "shm"))
+SERVERS = frozenset(("net", "net-copy"))
+OURS = SERVERS | {"value", "cxl", "cxl-1", "cxl-copy", "store", "shm"}
 
 
-def options(*transports: str) -> Options:
+def options(*transports: str, variants: frozenset[str] = OURS) -> Options:
     return Options(
         rounds=2,
         seconds=0.003,
         quick=True,
         tiny=True,
-        variants=OURS,
+        variants=variants,
         places=("free",),
         transports=transports or ("ring",),
     )
 
 
-def measured(name: str, path: Path, *transports: str) -> dict[str, Any]:
+def measured(
+    name: str, path: Path, *transports: str, variants: frozenset[str] = OURS
+) -> dict[str, Any]:
     """Measure a slice of a figure, and take it through its file, plot and report."""
-    found = command.measure(name, options(*transports), Ticker())
+    found = command.measure(name, options(*transports, variants=variants), Ticker())
     file = path / f"{name}.json"
     file.write_text(json.dumps(found))
     read: dict[str, Any] = json.loads(file.read_text())
@@ -45,12 +48,79 @@ def measured(name: str, path: Path, *transports: str) -> dict[str, Any]:
     return read
 
 
-@pytest.mark.parametrize("name", ["e0", "fig06", "fig07"])
+@pytest.mark.parametrize("name", ["fig06", "fig07"])
 def test_a_slice_of_a_figure_is_measured_plotted_and_reported(name: str, tmp_path: Path) -> None:
     found = measured(name, tmp_path)
-    assert found["points"]
+    assert {point["variant"] for point in found["points"]} >= SERVERS | {"cxl"}
     for point in found["points"]:
         assert point["per_second"]["min"] > 0
+
+
+def test_the_share_of_looking_up_addresses_is_measured_inside_the_server(tmp_path: Path) -> None:
+    found = measured("e0", tmp_path)
+    points = Points(found["points"])
+    for point in points.points:
+        assert point["per_second"]["min"] > 0
+    timed = points.one(variant="net", mode=e0.TIMED, size=4096)
+    assert timed is not None
+    assert timed["each"]["translation_ns"] > 0
+    plain = points.one(variant="net", mode="rread", size=4096)
+    assert plain is not None
+    assert not plain["each"].get("translation_ns")
+    [bar] = found["bars"]
+    assert 0 < bar["measured"] < 1
+
+
+def test_a_memory_server_copies_what_a_ref_is_made_of_only_if_it_is_told_to() -> None:
+    size = 64 << 10
+    with running(options()) as runner, net.net_fabric(runner) as there:
+        client = there.start("client")
+        cases = [
+            Case(
+                "net", f"{mode} {copy}", {}, (client,), net_blocks.refs_block,
+                {"mode": mode, "size": size, "region": 1 << 20, "copy": copy},
+                pids=there.pids, gauges=there.gauges,
+            )
+            for mode in ("pre-shared", "pipelined")
+            for copy in (False, True)
+        ]  # fmt: skip
+        for series, copy in zip(runner.measure(cases), (False, True) * 2, strict=True):
+            for sample in series.samples:
+                assert sample.each("server_bytes_copied") == (size if copy else 0)
+
+
+def test_pictures_at_a_memory_server_are_sent_there_once_or_for_each_request(
+    tmp_path: Path,
+) -> None:
+    points = Points(measured("fig10", tmp_path, "tcp", variants=SERVERS | {"value"})["points"])
+    [size] = points.values("size")
+
+    def each(variant: str, mode: str, what: str) -> float:
+        one = points.one(variant=variant, mode=mode)
+        assert one is not None
+        return float(one["each"].get(what, 0.0))
+
+    assert each("net", "fresh", "server_bytes_in") > size
+    for variant in SERVERS:
+        assert each(variant, "pre-shared", "server_bytes_in") < size / 10
+        assert each(variant, "pre-shared", "server_bytes_out") > size
+    assert each("net", "pre-shared", "server_bytes_copied") == 0
+    assert each("net-copy", "pre-shared", "server_bytes_copied") >= size
+
+
+def test_whoever_fails_over_a_memory_server_leaves_no_process_and_no_fabric() -> None:
+    pids: list[int] = []
+    with (
+        pytest.raises(PeerFailed, match="result 0 of 4 is 1, not 2"),
+        running(options()) as runner,
+        net.net_fabric(runner) as there,
+    ):
+        client = there.start("client")
+        pids += [runner.on.pids[client], *there.pids().values()]
+        runner.measure([Case("net", "fresh", {}, (client,), wrong_block, {})])
+    assert len(pids) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not runner.foreign
 
 
 def test_the_social_network_is_measured_at_equal_rates_and_movers_pass_what_they_must(
@@ -59,7 +129,7 @@ def test_the_social_network_is_measured_at_equal_rates_and_movers_pass_what_they
     found = measured("fig11", tmp_path)
     points = Points(found["points"])
     rated = points.select(profile="heavy", share=0.5)
-    assert {one["variant"] for one in rated} == {"value", "cxl"}
+    assert {one["variant"] for one in rated} == {"value", "net", "cxl"}
     assert len({one["params"]["rate"] for one in rated}) == 1
     for one in points.points:
         assert one["each"]["bytes_proxy"] == one["each"]["bytes_php-fpm"]
@@ -79,7 +149,8 @@ def test_chains_send_as_many_bytes_for_a_large_array_by_ref_as_for_a_small_one(
             for one in points.select(**where)
         }
         small, large = points.values("size")
-        assert sent["cxl", "fresh", large] < 1.1 * sent["cxl", "fresh", small] < 2000
+        for variant, mode in (("cxl", "fresh"), ("net", "fresh"), ("net-copy", "pre-shared")):
+            assert sent[variant, mode, large] < 1.1 * sent[variant, mode, small] < 2000
         assert 2 * large < sent["value", "fresh", large] < 2.2 * large  # two calls
 
 
@@ -93,7 +164,7 @@ def test_receivers_of_a_shared_block_copy_as_many_frames_as_they_write(tmp_path:
     for variant, mode in (("cxl", "fresh"), ("cxl-copy", "shared")):
         for one in points.select(variant=variant, mode=mode):
             assert one["each"].get("frames_copied", 0) == 0
-    assert {one["variant"] for one in points.points} == OURS - {"cxl-1"}
+    assert {one["variant"] for one in points.points} == OURS - {"cxl-1", "net-copy"}
 
 
 def test_a_fault_that_copies_one_page_copies_exactly_the_pages_written() -> None:
