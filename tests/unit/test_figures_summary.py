@@ -150,8 +150,12 @@ def test_the_report_says_where_by_reference_is_slower() -> None:
         series("value", [4.0, 4.0], size=4096, place="free"),
         series("cxl", [8.0, 8.0], size=8192, place="free"),
         series("value", [4.0, 4.0], size=8192, place="free"),
+        series("net", [1.0, 1.0], size=8192, place="free"),
     )
-    assert report.losses(made) == [["fig05", "value", "free", "4 KiB", "1 of 1", "0.5"]]
+    assert report.losses(made) == [
+        ["fig05", "cxl", "value", "free", "4 KiB", "1 of 1", "0.5"],
+        ["fig05", "net", "value", "free", "8 KiB", "1 of 1", "0.25"],
+    ]
 
 
 def test_the_report_names_missed_bars_and_what_was_left_out() -> None:
