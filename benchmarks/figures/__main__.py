@@ -97,7 +97,7 @@ def main(
     """Measure the paper's experiments on this machine, plot them, and write a report."""
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
-    options = Options(rounds=rounds or (3 if quick else 5), seconds=seconds or 0.1, quick=quick)
+    options = Options(rounds=rounds or (3 if quick else 5), seconds=seconds or 0.06, quick=quick)
     if quick:
         options.places, options.seconds = ("one CPU",), seconds or 0.04
     if variants:

@@ -40,7 +40,7 @@ HEIGHT = 8.4
 
 def lengths(options: Options) -> tuple[int, ...]:
     """Return how many calls in a row are measured."""
-    return (1, 2) if options.tiny else (1, 3, 6) if options.quick else tuple(range(1, LONGEST + 1))
+    return (1, 2) if options.tiny else (1, 3, 6) if options.quick else (1, 2, 4, LONGEST)
 
 
 def _names(transport: str, longest: int) -> list[str]:
@@ -73,8 +73,9 @@ def _cases(
         at_server = variant in net.VARIANTS
         prefix = net.PREFIX if at_server else ""
         for size in sizes:
-            for window in windows if size in WINDOW_SIZES else (1,):
-                for n in hops if window == 1 else (hops[0], hops[-1]):
+            for window in windows if size in WINDOW_SIZES and mode == "fresh" else (1,):
+                # Eager copies are made before the first call: how many follow is not their matter.
+                for n in hops if window == 1 and variant != "net-copy" else (hops[0], hops[-1]):
                     arguments = {
                         "service": names[n - 1],
                         "transport": "tcp" if transport == "tcp" else "auto",

@@ -31,7 +31,7 @@ CLAIMS = (
     "copy-on-write makes Refs at up to 22.8 x the rate (CXL; 7.3 x over the network)",
     "response time is up to 63.6 x lower (CXL; 5.2 x over the network), with far less memory traffic",
 )
-SIZES = tuple(4096 << i for i in range(11))  # to 4 MiB
+SIZES = tuple(4096 << i for i in (0, 1, 2, 3, 4, 6, 8, 10))  # to 4 MiB
 QUICK_SIZES = (4096, 32 << 10, 256 << 10, 4 << 20)
 LINES = (
     ("cxl", "pre-shared"),

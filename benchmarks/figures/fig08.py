@@ -25,7 +25,7 @@ CLAIMS = (
     "the cost of copy-on-write grows with the share that is written; that of Ray and Spark hardly changes",
 )
 SMALL, LARGE = 32 << 10, 1 << 20
-SHARES = (0.0, 12.5, 25.0, 50.0, 75.0, 100.0)
+SHARES = (0.0, 12.5, 50.0, 75.0, 100.0)
 WINDOW = 16
 SPARK_SECONDS, SPARK_REQUESTS = 0.4, 4
 RAY_SECONDS = 0.2

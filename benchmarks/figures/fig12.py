@@ -24,12 +24,12 @@ from .variants.work import PAGE, overwrite
 NAME = "fig12"
 TITLE = "Fig 12: sensitivity to the latency of the device (modelled)"
 CLAIMS = ("throughput drops only slightly as the latency grows from 75 ns to 265 ns and beyond",)
-EXTRA_NS = (0, 50, 125, 190, 265, 400)
+EXTRA_NS = (0, 50, 190, 265, 400)
 QUICK_EXTRA_NS = (0, 190)
 PAPERS_NS = 190
 BAR = 0.8
 BLOCK = 32 << 10
-PAGES = (0, 1, 2, 4, 8)
+PAGES = (0, 1, 4, 8)
 QUICK_PAGES = (1, 8)
 OVERLAPS = (8, 1)
 CHARGED = ("DM layer", "all")
