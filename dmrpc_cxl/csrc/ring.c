@@ -61,7 +61,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sizes and the futex a
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 #define STEP (128u << 10)           /* at most this much is copied between two publications */
 #define LOOK_AT_PEER_NS 50000000ull /* how long a blocked sender trusts that its peer lives */
-#define SPIN_NS 40000u
+#define SPIN_NS 100000u             /* as long as two wake-ups cost: docs/decisions/0010 */
 #define YIELD_AFTER_NS 3000u
 
 uint32_t dm_ring_forks;
