@@ -18,7 +18,12 @@ from typing import Any
 import dmrpc_cxl
 from dmrpc_cxl.fabric import device
 
-_spawn = multiprocessing.get_context("spawn")
+# Forks of one clean process, which has imported what all of them need. So their code lies at the same addresses: a CPU
+# that they share predicts the branches of one by what another has taken. docs/decisions/0015.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(
+    ["numpy", "dmrpc_cxl.rpc", "dmrpc_net.memory", "benchmarks.rpc_stage"]
+)
 
 
 def _serve(connection: Connection, fabric: str | None, options: dict[str, Any]) -> None:
@@ -68,8 +73,8 @@ class Peer:
     """
 
     def __init__(self, fabric: str | None, **options: Any) -> None:
-        self._connection, theirs = _spawn.Pipe()
-        self._process = _spawn.Process(target=_serve, args=(theirs, fabric, options), daemon=True)
+        self._connection, theirs = _forks.Pipe()
+        self._process = _forks.Process(target=_serve, args=(theirs, fabric, options), daemon=True)
         self._process.start()
         theirs.close()
         self.result()

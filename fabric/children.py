@@ -11,6 +11,8 @@ Facts about Linux, then what they force on us:
   the *thread* that made it ends. So programs are started by the main thread. It is set between fork
   and exec, where a process with threads is in danger: so all programs are started before the first
   thread is.
+- Address space layout randomisation is switched off by a flag of the process that calls exec (personality(2)), which
+  all its children inherit. Some containers forbid it: so it is tried before anything is started.
 - What a program starts in a session of its own is out of reach of both. The launcher makes itself the
   parent of such orphans (PR_SET_CHILD_SUBREAPER) and tells them from other children, which it may have
   from before it was executed, by their environment: it names the fabric.
@@ -28,8 +30,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import psutil
 
+from dmrpc_cxl.errors import EnvironmentFault
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_ADDR_NO_RANDOMIZE = 0x0040000
+_ASK = 0xFFFFFFFF
 # Programs that are started later set it by themselves, in an interpreter that then becomes the program.
 _START_LATE = """
 import ctypes, os, sys
@@ -38,7 +44,27 @@ if os.getppid() != int(sys.argv[1]):
     os._exit(1)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_libc = ctypes.CDLL(None, use_errno=True)
+_prctl, _personality = _libc.prctl, _libc.personality
+
+
+@contextlib.contextmanager
+def same_layout() -> Iterator[None]:
+    """Have programs that are started meanwhile load everything at the addresses that all of them use: without ASLR.
+
+    Raises:
+        EnvironmentFault: the kernel does not let us.
+    """
+    before = _personality(_ASK)
+    if before == -1 or _personality(before | _ADDR_NO_RANDOMIZE) == -1:
+        raise EnvironmentFault(
+            "the kernel does not let this process switch address randomisation off: leave --same-layout away, or, in a "
+            "container, allow personality(2), as `docker run --security-opt seccomp=unconfined` does"
+        )
+    try:
+        yield
+    finally:
+        _personality(before)
 
 
 class Child:

@@ -11,6 +11,7 @@ crash as from hosts that leave.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import selectors
@@ -26,7 +27,14 @@ from dmrpc_cxl.coordinator.client import Client
 from dmrpc_cxl.errors import DeviceNotFound, DmError
 
 from . import device
-from .children import Child, adopting_orphans, bury_orphans, describe, kill_strays
+from .children import (
+    Child,
+    adopting_orphans,
+    bury_orphans,
+    describe,
+    kill_strays,
+    same_layout,
+)
 from .interrupts import Interrupts
 from .leftovers import remove_dead_runs
 from .memory import MemoryServers
@@ -100,7 +108,8 @@ class Launcher:
             DmError: the device cannot be made or removed.
         """
         fabric = self._topology.fabric
-        with self._selector, self._interrupts, adopting_orphans():
+        layout = same_layout() if self._topology.same_layout else contextlib.nullcontext()
+        with self._selector, self._interrupts, adopting_orphans(), layout:
             self._selector.register(self._interrupts, selectors.EVENT_READ)
             self._lines.when_broken = lambda: self._interrupts.post(signal.SIGPIPE)
             self._remove_leftovers()

@@ -57,6 +57,11 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     metavar="LATENCY",
     help="Have hosts emulate a device that slow: 265ns, +190ns.",
 )
+@click.option(
+    "--same-layout",
+    is_flag=True,
+    help="Load all programs at the same addresses, without ASLR: less CPU time where they share CPUs.",
+)
 @click.option("--tcp", is_flag=True, help="Hosts reach the coordinator over TCP (loopback).")
 @click.option(
     "--log-level", type=click.Choice(topology.LOG_LEVELS), default="warning", show_default=True
@@ -92,6 +97,7 @@ def run(
     memory_size: int,
     numa_node: int | None,
     latency: str,
+    same_layout: bool,
     tcp: bool,
     log_level: str,
     timeout: float | None,
@@ -129,6 +135,7 @@ def run(
         memory_size=memory_size,
         numa_node=numa_node,
         latency=latency,
+        same_layout=same_layout,
     )
     rules = Rules(timeout=timeout, grace=grace, keep_going=keep_going, restart=restart, keep=keep)
     sys.stdout.flush()

@@ -190,6 +190,7 @@ class Topology:
     memory_size: int = DEFAULT_SIZE
     numa_node: int | None = None  # that the frames come from
     latency: str = ""  # that hosts emulate
+    same_layout: bool = False  # programs are loaded without ASLR
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is started."""

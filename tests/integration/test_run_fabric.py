@@ -9,6 +9,8 @@ import os
 import re
 import select
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -86,6 +88,55 @@ def test_no_line_of_programs_that_write_at_once_is_lost_or_torn(start, program):
     for name in ("host-1", "host-2", "host-3"):
         expected = [f"{name} {number} {'x' * (number % 300)}" for number in range(5000)]
         assert run.lines_of(name) == expected
+
+
+def _layouts_of(start, program, *options):
+    text = """
+        import ctypes
+        print(hex(ctypes.addressof(ctypes.c_char.in_dll(ctypes.pythonapi, "PyFloat_Type"))))
+    """
+    run = start(*SMALL, *options, "--hosts", "3", "--program", program(text))
+    assert run.end() == 0, run.output
+    return [run.lines_of(f"host-{i}")[0] for i in (1, 2, 3)]
+
+
+def test_programs_lie_at_the_same_addresses_if_that_is_asked_for(start, program):
+    assert len(set(_layouts_of(start, program, "--same-layout"))) == 1
+    assert len(set(_layouts_of(start, program))) == 3
+
+
+# As in containers: personality() is not permitted, everything else is.
+FORBIDDING = """
+    import ctypes, os, sys
+    class Filter(ctypes.Structure):
+        _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+    class Program(ctypes.Structure):
+        _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.POINTER(Filter))]
+    number = {"x86_64": 135, "aarch64": 92}[os.uname().machine]
+    filters = (Filter * 4)((0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, ctypes.byref(Program(4, filters))) == 0, os.strerror(ctypes.get_errno())
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_what_to_do_is_said_where_the_same_layout_is_not_permitted(program, tmp_path):
+    command = [
+        sys.executable,
+        str(tmp_path / program(FORBIDDING)),
+        sys.executable,
+        "-m",
+        "dmrpc_cxl.fabric",
+        "run",
+    ]
+    done = subprocess.run(
+        [*command, *SMALL, "--same-layout", "--program", "true"],
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done
+    assert "leave --same-layout away" in done.stderr, done
+    assert "Traceback" not in done.stderr, done
 
 
 def test_two_runs_at_once_do_not_meet(start, program):
