@@ -15,8 +15,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import plots, report
+from . import fig11, plots, report
 from .runner import Case, Options, Ticker, facts
+from .variants import REGISTRY
 
 FIGURES = ("e0", "fig05", "fig06", "fig07", "fig08", "fig10", "fig11", "fig12")
 
@@ -46,8 +47,8 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def measure(name: str, options: Options, ticker: Ticker) -> dict[str, Any]:
-    """Measure one figure, and return all that is kept of it."""
+def measure(name: str, options: Options, ticker: Ticker, part: str = "") -> dict[str, Any]:
+    """Measure one figure, and return all that is kept of it; part: which part of it, if not the whole."""
     module = module_of(name)
     before = facts()
     begin = time.monotonic()
@@ -61,6 +62,7 @@ def measure(name: str, options: Options, ticker: Ticker) -> dict[str, Any]:
             "rounds": options.rounds,
             "seconds_per_block": options.seconds,
             "quick": options.quick,
+            "part": part,
         },
         "seconds": time.monotonic() - begin,
         **found,
@@ -73,14 +75,27 @@ def measure(name: str, options: Options, ticker: Ticker) -> dict[str, Any]:
 )
 @click.option("--quick", is_flag=True, help="Fewer points, shorter blocks, three rounds, one CPU.")
 @click.option("--rounds", type=click.IntRange(1), help="Blocks of each point [5, quick 3].")
-@click.option("--variant", "variants", multiple=True, help="Measure these variants only.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice([*REGISTRY, *fig11.MORE_VARIANTS]),
+    help="Measure these variants only.",
+)
 @click.option("--place", "places", multiple=True, type=click.Choice(["one CPU", "free"]))
 @click.option("--transport", "transports", multiple=True, type=click.Choice(["ring", "tcp"]))
-@click.option("--seconds", type=float, help="Of one block, about.")
+@click.option("--seconds", type=click.FloatRange(0, 60, min_open=True), help="Of one block, about.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("build/figures"), show_default=True
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("build/figures"),
+    show_default=True,
 )
-@click.option("--publish", is_flag=True, help="Write docs/results.md and docs/figures as well.")
+@click.option(
+    "--publish",
+    is_flag=True,
+    help="Write docs/results.md and docs/figures as well, when every figure has been measured in full.",
+)
 @click.option("--replot", is_flag=True, help="Measure nothing: plot what was measured before.")
 def main(
     only: tuple[str, ...],
@@ -107,8 +122,11 @@ def main(
     if transports:
         options.transports = transports
     out.mkdir(parents=True, exist_ok=True)
+    part = " ".join((*variants, *places, *transports))
     begin = time.monotonic()
     chosen = only or FIGURES
+    if replot and not any((out / f"{name}.json").exists() for name in FIGURES):
+        raise click.UsageError(f"--replot: nothing was measured into {out} before")
     if not replot:
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -117,7 +135,7 @@ def main(
             total = progress.add_task("figures", total=len(chosen))
             for name in chosen:
                 progress.update(total, description=f"figures: {name}")
-                found = measure(name, options, Bars(progress))
+                found = measure(name, options, Bars(progress), part)
                 (out / f"{name}.json").write_text(json.dumps(found, indent=1))
                 plots.render(module_of(name), found, out / f"{name}.png")
                 progress.advance(total)
@@ -131,7 +149,12 @@ def main(
     report.show(console, [one for one in results if one["figure"] in chosen])
     report.write(results, out / "results.md", pictures="")
     if publish:
-        report.publish(results, out)
+        if reason := report.why_not_publish(results, FIGURES):
+            console.print(
+                f"docs/results.md stays as it is: {reason}. What was measured: {out}/results.md"
+            )
+        else:
+            report.publish(results, out)
     console.print(f"{time.monotonic() - begin:.0f} s; figures and JSON in {out}")
     sys.exit(0)
 

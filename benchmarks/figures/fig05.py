@@ -35,6 +35,8 @@ LINES = (
     ("net-copy", "pre-shared"),
 )
 SLOPE_BAR = 0.10
+# What one more call costs is a hundredth of what a sum of 4 MiB costs: to tell it, more and longer blocks, of the ends only.
+SLOPES, SLOPE_ROUNDS, SLOPE_SECONDS = "slopes", 15, 0.15
 HEIGHT = 8.4
 
 
@@ -70,43 +72,63 @@ def _cases(
     names = _names(transport, max(hops))
     made = []
     for variant, mode in lines(options):
-        at_server = variant in net.VARIANTS
-        prefix = net.PREFIX if at_server else ""
         for size in sizes:
             for window in windows if size in WINDOW_SIZES and mode == "fresh" else (1,):
                 # Eager copies are made before the first call: how many follow is not their matter.
                 for n in hops if window == 1 and variant != "net-copy" else (hops[0], hops[-1]):
-                    arguments = {
-                        "service": names[n - 1],
-                        "transport": "tcp" if transport == "tcp" else "auto",
-                        "transfer": REGISTRY[variant].transfer,
-                        "mode": mode,
-                        "size": size,
-                        "window": window,
-                        "eager": variant == "net-copy",
-                    }
-                    params = {
-                        "hops": n,
-                        "size": size,
-                        "window": window,
-                        "transport": transport,
-                        "place": place,
-                    }
-                    made.append(
-                        Case(
-                            variant,
-                            mode,
-                            params,
-                            (f"{prefix}client",),
-                            total_block,
-                            arguments,
-                            tuple(
-                                f"{prefix}{name}"
-                                for name in (*names[:n], *(() if at_server else ("coordinator",)))
-                            ),
-                            pids=net.told(there).pids if at_server else None,
-                        )
-                    )
+                    params = {"hops": n, "size": size, "window": window}
+                    where = {"transport": transport, "place": place}
+                    made.append(_case(variant, mode, params | where, names, there))
+    return made
+
+
+def _case(
+    variant: str,
+    mode: str,
+    params: dict[str, Any],
+    names: list[str],
+    there: net.NetFabric | None = None,
+) -> Case:
+    at_server = variant in net.VARIANTS
+    prefix = net.PREFIX if at_server else ""
+    n = params["hops"]
+    arguments = {
+        "service": names[n - 1],
+        "transport": "tcp" if params["transport"] == "tcp" else "auto",
+        "transfer": REGISTRY[variant].transfer,
+        "mode": mode,
+        "size": params["size"],
+        "window": params["window"],
+        "eager": variant == "net-copy",
+    }
+    return Case(
+        variant,
+        mode,
+        params,
+        (f"{prefix}client",),
+        total_block,
+        arguments,
+        tuple(f"{prefix}{name}" for name in (*names[:n], *(() if at_server else ("coordinator",)))),
+        pids=net.told(there).pids if at_server else None,
+    )
+
+
+def _slope_cases(
+    options: Options, transport: str, place: str, sizes: tuple[int, ...]
+) -> list[Case]:
+    """Return the shortest and the longest chain by Ref, for the bar on what one more call costs."""
+    hops = lengths(options)
+    names = _names(transport, max(hops))
+    where = {"transport": transport, "place": place, "panel": SLOPES}
+    made = [
+        _case("cxl", mode, {"hops": n, "size": size, "window": 1} | where, names)
+        for variant, mode in lines(options)
+        if variant == "cxl"
+        for size in sizes
+        for n in (hops[0], hops[-1])
+    ]
+    for one in made:
+        one.seconds = SLOPE_SECONDS
     return made
 
 
@@ -150,19 +172,35 @@ def _measure(
     windows = (1,) if options.quick else (1, WINDOW)
     # The slopes of all sizes are compared with each other, so all of them take turns.
     cases = _cases(options, transport, place, sizes, windows, there)
-    return [point(series) for series in runner.measure(cases, f"{transport}, {place}")]
+    found = runner.measure(cases, f"{transport}, {place}")
+    if not options.quick:
+        more = _slope_cases(options, transport, place, sizes)
+        found += runner.measure(more, f"slopes, {transport}, {place}", SLOPE_ROUNDS)
+    return [point(series) for series in found]
 
 
 # ---------------------------------------------------------------- what came of it
 
 
 def _slopes(points: Points, variant: str, mode: str, size: int, **where: Any) -> list[float] | None:
-    line = points.select(variant=variant, mode=mode, size=size, window=1, **where)
+    which = dict(variant=variant, mode=mode, size=size, window=1, **where)
+    line = points.select(panel=SLOPES, **which) or points.select(panel=None, **which)
     line.sort(key=lambda one: one["params"]["hops"])
     if len(line) < 2:
         return None
     hops = [one["params"]["hops"] for one in line]
     return slopes(hops, [one["rounds"]["cpu_us"] for one in line])
+
+
+def _between(points: Points, variant: str, mode: str, size: int, **where: Any) -> float | None:
+    """Return the CPU time in us of one service in between itself, in the longest chain."""
+    which = dict(variant=variant, mode=mode, size=size, window=1, **where)
+    line = points.select(panel=SLOPES, **which) or points.select(panel=None, **which)
+    longest = max(line, key=lambda one: one["params"]["hops"], default=None)
+    if longest is None or longest["params"]["hops"] < 2:
+        return None
+    each = [us for name, us in longest["cpu_us_by_process"].items() if "forwarder" in name]
+    return sum(each) / len(each)
 
 
 def _places(points: Points) -> list[tuple[str, str]]:
@@ -210,6 +248,11 @@ def bars(points: Points) -> list[dict[str, Any]]:
             }
             size, worst = max(off.items(), key=lambda item: abs(item[1]["median"] - 1))
             # Of medians: a single round's slope at 4 MiB hangs on a hundredth of what the sum costs.
+            between = ", ".join(
+                f"{one:.3g} us at {bytes_text(s)}"
+                for s in sizes
+                if (one := _between(points, "cxl", mode, s, **where)) is not None
+            )
             ratios = {s: statistics.median(each[s] or ()) / statistics.median(base) for s in off}
             at, most = max(ratios.items(), key=lambda item: abs(item[1] - 1))
             made.append(
@@ -221,7 +264,8 @@ def bars(points: Points) -> list[dict[str, Any]]:
                     at_most=True,
                     unit="",
                     note=f"{most:.3g} at {bytes_text(at)}; of rounds {worst['min']:.2g} to {worst['max']:.2g} at "
-                    f"{bytes_text(size)}; {statistics.median(base):.3g} us at {bytes_text(sizes[0])}",
+                    f"{bytes_text(size)}; {statistics.median(base):.3g} us at {bytes_text(sizes[0])}; "
+                    f"of that, the service in between itself: {between}",
                 )
             )
         made += _of_servers(points, where, told)
@@ -244,6 +288,7 @@ def _of_servers(points: Points, where: dict[str, Any], told: str) -> list[dict[s
             each[0] / each[1],
             SLOPE_BAR,
             at_most=True,
+            resolved=each[0] > 0,
             note=f"{each[0]:.3g} us against {each[1]:.4g} us",
         )
     )
@@ -266,6 +311,11 @@ def _of_servers(points: Points, where: dict[str, Any], told: str) -> list[dict[s
     return made
 
 
+def _told(found: list[float]) -> str:
+    median = statistics.median(found)
+    return f"{median:.3g} us" if median > 0 else "less than can be told"
+
+
 def headline(points: Points) -> str:
     """Return what was measured, in one sentence."""
     for transport, place in _places(points):
@@ -275,9 +325,9 @@ def headline(points: Points) -> str:
         value = _slopes(points, "value", "fresh", size, **where)
         if ours and value:
             there = _slopes(points, "net", "fresh", size, **where)
-            by_server = f", {statistics.median(there):.3g} us over a memory server" if there else ""
+            by_server = f", {_told(there)} over a memory server" if there else ""
             return (
-                f"one more call with {bytes_text(size)} costs {statistics.median(ours):.3g} us of CPU by Ref{by_server} and "
+                f"one more call with {bytes_text(size)} costs {_told(ours)} of CPU by Ref{by_server} and "
                 f"{statistics.median(value):.4g} us by value ({transport}, {place})"
             )
     return ""
@@ -292,7 +342,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
     shown = [sizes[0], plots.preferred(sizes, 1 << 20)] if len(sizes) > 1 else sizes
     axes = figure.subplots(2, 3, squeeze=False)
     for row, size in enumerate(shown):
-        chosen = {"size": size, "window": 1, **where}
+        chosen = {"size": size, "window": 1, "panel": None, **where}
         for column, (what, label) in enumerate(
             (("per_second", "calls per second"), ("latency", "median latency, us"))
         ):

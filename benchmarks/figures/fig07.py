@@ -230,13 +230,14 @@ def _ratios(
 def bars(points: Points) -> list[dict[str, Any]]:
     """Return the bars of this figure: for the complete operation, with its address bookkeeping and its Ref record.
 
-    The lines in which a buffer is made, written, shared and freed again are about more than it, and have no bar.
+    And for the whole lives of buffers that are made, shared and freed again, which is about more than it.
     """
     made = []
     for place in points.values("place"):
         for mode, says in (
             ("pre-shared", "shared before"),
             ("first", "never shared before"),
+            ("fresh", "from ralloc to rfree"),
         ):
             above = [
                 (size, one) for size, one in _ratios(points, "p50_us", mode, place) if size > 16384

@@ -226,12 +226,13 @@ def bars(points: Points) -> list[dict[str, Any]]:
             for other in ("store", "shm"):
                 made += _against(points, other, where, told)
     for one in points.select(stored=PAGE, window=1, mode="shared", transport="ring"):
-        if one["variant"] == "cxl-1":
+        if one["variant"] in ("cxl", "cxl-1"):
             copied, pages = one["each"].get("frames_copied", 0.0), one["params"]["pages"]
+            how = "copy_around=1" if one["variant"] == "cxl-1" else "as shipped"
             made.append(
                 bar(
                     f"frames copied when {one['params']['share']:g} % of {bytes_text(one['params']['block'])} "
-                    f"are written, {one['params']['place']}: off {pages} by",
+                    f"are written, {how}, {one['params']['place']}: off {pages} by",
                     abs(copied - pages),
                     0,
                     at_most=True,

@@ -221,13 +221,14 @@ def bars(points: Points) -> list[dict[str, Any]]:
                     continue
                 cpu = points.ratio("cpu_us", value, ours, **which)
                 assert cpu is not None
+                alike = _alike(points, which)
                 made.append(
                     bar(
                         f"{bytes_text(size)}, {'rings' if transport == 'ring' else 'TCP'}, work {work}, {place}: throughput "
                         "by Ref against by value",
                         found,
                         limit,
-                        note=f"CPU time {cpu['median']:.3g} x lower",
+                        note=f"CPU time {cpu['median']:.3g} x lower{alike and '; '}{alike}",
                     )
                 )
         made += _of_servers(points, place)
@@ -243,9 +244,17 @@ def bars(points: Points) -> list[dict[str, Any]]:
                                 "by value against by Ref",
                                 found,
                                 1.0,
+                                note=_alike(points, which),
                             )
                         )
     return made
+
+
+def _alike(points: Points, which: dict[str, Any]) -> str:
+    """Say so when `cxl` has sent by value as well."""
+    one = points.one(variant="cxl", mode="fresh", **which)
+    sent_by_ref = one is None or one["each"].get("bytes_referenced", 0.0) > 0
+    return "" if sent_by_ref else "`cxl` sends this by value too: noise"
 
 
 def _of_servers(points: Points, place: str) -> list[dict[str, Any]]:

@@ -10,19 +10,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import plots
+from . import plots, reasons
 from .summary import Points, bytes_text, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "results.md"
 PICTURES = ROOT / "docs" / "figures"
 
+LEAST_ROUNDS = 5
+
 Result = dict[str, Any]
 
 _HEAD = """\
 # Results
 
-The experiments of the paper, run on this project by `make figures`, which writes this file. It is not edited by hand.
+The experiments of the paper, run on this project by `make figures`, or `make figures-clusters`, which also measures Ray and
+Spark; they write this file, and it is not edited by hand.
 
 The paper measured on eight servers with 100 Gb/s between them and an emulated CXL device; this is one machine on which all
 processes share {cpus} CPUs. So times mean little, and ratios are what to look at: everything that is compared was measured in one run, in
@@ -34,7 +37,10 @@ writes into a DM buffer made for the request and keeps it, so the receiver's sto
 way: the data was written once, before. `cxl` is by Ref through the pool, `net` through a memory server over loopback TCP, whose CPU time
 counts; the `-copy` variants copy at once whenever a Ref is made. *one CPU*: all processes pinned to one; *free*: the kernel chooses.
 
-**Machine**: {cpu}, {cpus} CPUs; Linux {kernel}; Python {python}, NumPy {numpy}; load average {load:.1f} when the run began{busy}.
+Processes of ours are forks of one that has imported what they need, as multiprocessing's `forkserver` makes them, so their code lies
+at the same addresses ([why that matters](decisions/0017-one-address-layout.md)). Those of Ray and Spark are as they start them.
+
+**Machine**: {cpu}, {cpus} CPUs; Linux {kernel}; Python {python}, NumPy {numpy}; load average {load:.1f} when the first figure began{busy}.
 {quick}"""
 
 _BUSY = """ (more than these measurements make: others were at work, and the spreads show it)"""
@@ -53,24 +59,24 @@ This is a **quick run** (`--quick`): fewer points, shorter blocks. `make figures
 _FOOT = """\
 - **Small data.** A Ref costs some microseconds in making, showing and freeing, more than copying 4 KiB twice. The RPC layer therefore sends
   small data by value (`transfer="auto"`); the lines here insist on a Ref, except in Fig 10.
-- **One call, rings, fresh data.** By value, 1 MiB is copied into a ring that stays in the cache and out of it; by Ref it is copied once, into
-  frames that are colder. The gain begins with the second call in a row, or over TCP.
+- **One call, rings, fresh data.** By value, the data is copied into a ring that stays in the cache and out of it; by Ref it is copied once, into
+  frames that are colder. The gain grows with the calls in a row, and with what a copy costs: it begins at smaller sizes over TCP.
 - **Stores to shared pages.** A copy-on-write fault wakes another thread, and costs as much as copying dozens of pages. A receiver that
   overwrites most of what it gets should be given it (`move`) or ask for a copy (`transfer="copy"`).
 - **A memory server.** The bytes go to the server and from there to who looks at them: twice through the kernel, however many services are in
-  between. By value they go through once for each call, over rings not through the kernel at all. So one or two calls with fresh data are
-  cheaper by value, and long chains, and data that lies at the server already, are not.
+  between. By value they go through once for each call, over rings not through the kernel at all. So fresh data is cheaper by value
+  over rings, and over TCP for one or two calls; data that lies at the server already is not.
 - **Against shared memory by hand** at 32 KiB: two copies of 32 KiB cost less than one call of any RPC layer in Python. The hand-written
   program has one client, one receiver, one buffer, no names, no errors, no deadlines, and loses the isolation if a second sender comes.
 - **Whole lives of buffers that are kept.** Making a Ref to a new buffer that its creator keeps protects its pages, and using the memory
-  again takes the protection off. Below 1 MiB copying is cheaper than both together.
+  again takes the protection off. Copying into warm frames is cheaper than both together, at the sizes that Fig 7 shows as *fresh*.
 
 ## Once more
 
 ```console
-$ make figures            # everything, under 40 minutes; writes this file and docs/figures/
+$ make figures            # everything but Ray and Spark, under 40 minutes; writes this file and docs/figures/
 $ make figures-quick      # fewer points and rounds, under 4 minutes; writes build/figures/ only
-$ make figures-clusters   # installs Ray and Spark as well, to be compared with (Spark needs Java)
+$ make figures-clusters   # the same, and installs Ray and Spark to be compared with (Spark needs Java); 10 minutes more
 $ .venv/bin/python -m benchmarks.figures --only fig07 --place "one CPU"    # a part
 ```
 
@@ -123,12 +129,15 @@ def _bar_rows(bars: Sequence[dict[str, Any]]) -> list[list[str]]:
     for one in bars:
         sign = "at most" if one["at_most"] else "at least"
         unit = f" {one['unit']}".rstrip()
-        measured = "not measured"
+        measured, state = "not measured", ""
         if one["measured"] is not None:
-            measured = _number(one["measured"]) + unit
+            state = {True: "met", False: "**missed**", None: "not resolved"}[one["met"]]
+            measured = _number(one["measured"])
+            if one["met"] is False and measured == _number(one["bar"]):
+                measured = f"{one['measured']:.4g}"  # or a miss would look as if it were none
+            measured += unit
             if one["spread"] is not None:
                 measured += f" ({_spread(one)})"
-        state = {True: "met", False: "**missed**", None: ""}[one["met"]]
         rows.append(
             [one["what"], measured, f"{sign} {_number(one['bar'])}{unit}", state, one["note"]]
         )
@@ -143,6 +152,8 @@ def _section(result: Result, pictures: str) -> list[str]:
     if result.get("headline"):
         lines += ["", f"Here: {result['headline']}."]
     lines.append("")
+    for remark in result.get("remarks", ()):
+        lines += [remark, ""]
     for table in result.get("tables", ()):
         rows = [[name, *map(_number, values)] for name, *values in table["rows"]]
         head = [table["title"], *table["head"][1:]]
@@ -152,6 +163,8 @@ def _section(result: Result, pictures: str) -> list[str]:
             *_markdown_table(["bar", "measured", "asked", "", "note"], _bar_rows(result["bars"])),
             "",
         ]
+    if why := reasons.of(result):
+        lines += ["What stands in the way of what is missed:", "", *(f"- {one}" for one in why), ""]
     for name, reason in result.get("skipped", {}).items():
         lines += [f"Without {name}: {reason}.", ""]
     return lines
@@ -230,6 +243,20 @@ def text(results: Sequence[Result], pictures: str) -> str:
 def write(results: Sequence[Result], path: Path, pictures: str) -> None:
     """Write the document."""
     path.write_text(text(results, pictures), encoding="utf-8")
+
+
+def why_not_publish(results: Sequence[Result], figures: Sequence[str]) -> str:
+    """Say what keeps results from being published: they must be those of all figures, measured in full; nothing if they may."""
+    missing = [name for name in figures if name not in {one["figure"] for one in results}]
+    if missing:
+        return f"{', '.join(missing)} was not measured"
+    for one in results:
+        rounds = one["options"]["rounds"]
+        if one["options"]["quick"] or rounds < LEAST_ROUNDS:
+            return f"{one['figure']} was measured with --quick, or in {rounds} rounds; at least {LEAST_ROUNDS} are needed"
+        if one["options"].get("part"):
+            return f"{one['figure']} was measured in part: {one['options']['part']}"
+    return ""
 
 
 def publish(results: Sequence[Result], out: Path) -> None:

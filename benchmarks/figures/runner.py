@@ -170,22 +170,28 @@ class Runner:
             pin_processes(pids().values(), cpu)
         self.place = place
 
-    def measure(self, cases: Sequence[Case], what: str = "") -> list[Series]:
+    def measure(
+        self, cases: Sequence[Case], what: str = "", rounds: int | None = None
+    ) -> list[Series]:
         """Measure cases against each other; return what was measured, in the same order.
+
+        Args:
+            rounds: if not the run's.
 
         Raises:
             PeerFailed: something failed, or a result was wrong.
         """
         order = [(str(i), case) for i, case in enumerate(cases)]
         found = [Series(case) for case in cases]
-        self.ticker.begin(what, (self.options.rounds + 1) * len(order))
+        rounds = rounds or self.options.rounds
+        self.ticker.begin(what, (rounds + 1) * len(order))
         try:
             for key, case in order:
                 for client in case.clients:
                     self.on.peers[client].call(blocks.make, key, case.factory, case.arguments)
             for key, case in order:
                 self._probe(key, case)
-            for i in range(self.options.rounds):
+            for i in range(rounds):
                 self._random.shuffle(order)
                 for key, case in order:
                     sample = self._block(key, case, case.requests, wire=i == 0)

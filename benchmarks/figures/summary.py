@@ -160,11 +160,17 @@ def bar(
     at_most: bool = False,
     unit: str = "x",
     note: str = "",
+    resolved: bool = True,
 ) -> dict[str, Any]:
-    """Return one bar: what was measured against what was asked for; found None: not measured."""
+    """Return one bar: what was measured against what was asked for.
+
+    Args:
+        found: None: not measured.
+        resolved: False: what was measured is less than its noise, so it is neither met nor missed.
+    """
     measured = found["median"] if isinstance(found, dict) else found
     met = None
-    if measured is not None:
+    if measured is not None and resolved:
         met = measured <= limit if at_most else measured >= limit
     return {
         "what": what,

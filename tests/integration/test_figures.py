@@ -173,7 +173,7 @@ def test_a_fault_that_copies_one_page_copies_exactly_the_pages_written() -> None
         params = {"block": 32 << 10, "stored": 4, "window": 1}
         cases = [
             fig08.case(who["cxl-1"], "cxl-1", "shared", params | {"share": share}, "ring")
-            for share in (12.5, 50.0)
+            for share in (12.5, 50.0, 75.0)
         ]
         for series in runner.measure(cases):
             pages = series.case.params["pages"]
@@ -183,7 +183,15 @@ def test_a_fault_that_copies_one_page_copies_exactly_the_pages_written() -> None
 def test_a_slower_device_is_charged_and_the_models_error_is_told(tmp_path: Path) -> None:
     found = measured("fig12", tmp_path)
     assert set(found["model_errors"]) >= {"190"}
-    assert Points(found["points"]).values("extra_ns") == [0, 190]
+    points = Points(found["points"])
+    assert points.values("extra_ns") == [0, 190]
+    which = {"pages": 8, "charged": "DM layer"}
+    fast = points.one(extra_ns=0, overlap=8, **which)
+    slow = points.one(extra_ns=190, overlap=1, **which)
+    assert fast is not None
+    assert slow is not None
+    owed_us = 8 * 128 * 0.19  # lines of 8 pages, read and written
+    assert slow["latency_us"]["p50"] > fast["latency_us"]["p50"] + owed_us / 2
 
 
 def wrong_block(host: Any) -> Block:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.figures import __main__ as command
 from benchmarks.figures import blocks, report, summary
 from benchmarks.figures.runner import Case, Sample, Series, merged
 from benchmarks.figures.summary import Points
@@ -174,6 +177,67 @@ def test_the_report_names_missed_bars_and_what_was_left_out() -> None:
     assert "Without spark: no Java." in text
     assert "The paper: it is so." in text
     assert "Here: it is not so." in text
+
+
+def test_what_is_less_than_its_noise_is_neither_met_nor_missed() -> None:
+    made = result(bars=[summary.bar("a slope", -3.0, 0.1, at_most=True, resolved=False)])
+    text = report.text([made], "")
+    assert "| a slope | -3 x | at most 0.1 x | not resolved |  |" in text
+    assert "0 of 1 bars are met" in text
+
+
+def test_a_near_miss_does_not_look_as_if_it_were_none() -> None:
+    made = result(bars=[summary.bar("this", 3.9987, 4.0)])
+    assert "| this | 3.999 x | at least 4 x | **missed** |" in report.text([made], "")
+
+
+def test_missed_bars_are_explained_with_what_was_measured() -> None:
+    heavy = {"profile": "heavy", "share": 0.0, "place": "free", "transport": "ring"}
+    made = result(
+        series("value", [1e3, 1e3], **heavy),
+        figure="fig11",
+        bars=[summary.bar("rate", 1.0, 2.0)],
+    )
+    made["points"][0]["each"]["bytes_proxy"] = 20_000.0
+    text = report.text([made], "")
+    assert "takes 400 us of CPU by value (rings, free), and 20,000 bytes pass" in text
+    assert "takes 2.0 us at 10 GB/s, so five movers together some 10 us" in text
+    made["bars"] = [summary.bar("rate", 3.0, 2.0)]
+    assert "What stands in the way" not in report.text([made], "")
+
+
+def test_only_all_figures_measured_in_full_are_published() -> None:
+    made = result()
+    assert report.why_not_publish([made], ["fig05"]) == ""
+    assert "fig06 was not measured" in report.why_not_publish([made], ["fig05", "fig06"])
+    for options in (
+        {"rounds": 5, "quick": True},
+        {"rounds": 4, "quick": False},
+        {"rounds": 5, "quick": False, "part": "cxl"},
+    ):
+        made["options"] = options
+        assert "fig05 was measured" in report.why_not_publish([made], ["fig05"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--variant", "nope"], "'nope' is not one of"),
+        (["--only", "fig99"], "'fig99' is not one of"),
+        (["--seconds", "-1"], "-1.0 is not in the range"),
+        (["--rounds", "0"], "0 is not in the range"),
+        (["--replot"], "nothing was measured into"),
+        (["--out", __file__], "is a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path)]
+    done = CliRunner().invoke(command.main, arguments)
+    assert done.exit_code == 2, done.output
+    assert says in done.output
 
 
 def test_a_quick_run_is_told() -> None:
