@@ -256,9 +256,9 @@ def soak(calls: int, per_round: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # With an arena for each thread, how much of them is in use at once is chance, for a long time.
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     with running(size=128 << 20) as fabric:
-        servers = [fabric.host() for _ in SERVICES]
-        forwarder = fabric.host()
-        clients = [fabric.host(), fabric.host()]
+        servers = [fabric.host(executed=True) for _ in SERVICES]
+        forwarder = fabric.host(executed=True)
+        clients = [fabric.host(executed=True) for _ in range(2)]
         hosts = [*servers, forwarder, *clients]
         before: list[tuple[int, int, int]] = []
         tally: Tally = collections.Counter()
