@@ -159,7 +159,7 @@ def bar_text(one: dict[str, Any]) -> str:
     if one["measured"] is None:
         return "not measured"
     sign = "≤" if one["at_most"] else "≥"
-    state = "met" if one["met"] else "missed"
+    state = {True: "met", False: "missed", None: "not resolved"}[one["met"]]
     return f"{one['measured']:.3g} {one['unit']} ({sign} {one['bar']:g} {one['unit']}: {state})"
 
 
