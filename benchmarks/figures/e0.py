@@ -356,27 +356,33 @@ def headline(points: Points) -> str:
 def draw(result: dict[str, Any], figure: Any) -> None:
     """Plot accesses and calls against the size."""
     points = Points(result["points"])
-    left, right = figure.subplots(1, 2)
-    for ax, kind, title in ((left, "access", "(a) accesses"), (right, "call", "(b) calls")):
-        drawn = dict.fromkeys((one["variant"], one["mode"]) for one in points.select(kind=kind))
+    axes = figure.subplots(2, 2).flat
+    for ax, letter, (kind, at_server) in zip(
+        axes,
+        "abcd",
+        (("access", False), ("access", True), ("call", False), ("call", True)),
+        strict=True,
+    ):
+        drawn = dict.fromkeys(
+            (one["variant"], one["mode"])
+            for one in points.select(kind=kind)
+            if (one["variant"] == "net") == at_server and one["mode"] != TIMED
+        )
         sizes = points.values("size", kind=kind)
-        for i, (variant, mode) in enumerate(one for one in drawn if one[1] != TIMED):
+        for i, (variant, mode) in enumerate(drawn):
             ax.plot(
                 sizes,
                 [_us(points, variant=variant, mode=mode, size=size, kind=kind) for size in sizes],
                 color=f"C{i % 10}",
                 marker="osv^DPX*<>ph"[i % 12],
-                linestyle="--" if PRIVATE in mode else ":" if variant == "net" else "-",
-                label=mode if variant == "cxl" else f"{mode} (net)",
+                linestyle="--" if PRIVATE in mode or i >= 10 else "-",
+                label=mode,
             )
         plots.sizes_axis(ax, sizes)
-        plots.log_y(ax)
+        if drawn:
+            plots.log_y(ax)
+            ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         ax.set_xlabel("bytes")
         ax.set_ylabel("median, us")
-        ax.set_title(title)
-        ax.legend(
-            fontsize=7,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.16),
-            ncols=2 if kind == "access" else 3,
-        )
+        what = "accesses" if kind == "access" else "calls"
+        ax.set_title(f"({letter}) {what}, {'memory server' if at_server else 'pool'}")

@@ -351,9 +351,14 @@ def draw(result: dict[str, Any], figure: Any) -> None:
             ax.set_xlabel("calls in a row")
             ax.set_ylabel(label)
             ax.set_ylim(bottom=0)
-            ax.set_title(f"({'ab'[column]}) {bytes_text(size)}")
+            ax.set_title(
+                f"({'abde'[2 * row + column]}) {bytes_text(size)}, {'rings' if transport == 'ring' else 'TCP'}, {place}"
+            )
     for row, (transport, place) in enumerate(_slope_places(points)):
         _draw_slopes(axes[row][2], result["slopes"], transport, place, sizes)
+        axes[row][2].set_title(
+            f"({'cf'[row]}) {'rings' if transport == 'ring' else 'TCP'}, {place}"
+        )
     plots.legend(figure, axes)
 
 
@@ -376,16 +381,23 @@ def _draw_slopes(
         ]
         if line:
             kind = REGISTRY[variant]
-            ax.plot(
+            medians = [one["median"] for one in line]
+            ax.errorbar(
                 [one["size"] for one in line],
-                [one["median"] for one in line],
+                medians,
+                [
+                    [median - one["min"] for median, one in zip(medians, line, strict=True)],
+                    [one["max"] - median for median, one in zip(medians, line, strict=True)],
+                ],
+                elinewidth=0.8,
+                capsize=2,
                 linestyle=plots.DASHES[mode],
                 color=kind.colour,
                 marker=kind.marker,
                 label=plots.label(variant, mode),
             )
     plots.sizes_axis(ax, sizes)
-    plots.log_y(ax)
+    ax.set_yscale("symlog", linthresh=100)  # what cannot be told from noise may be below zero
+    ax.axhline(0, color="#999999", linewidth=0.8)
     ax.set_xlabel("size of the array")
     ax.set_ylabel("CPU of one more call, us")
-    ax.set_title(f"(c) {'rings' if transport == 'ring' else 'TCP'}, {place}")

@@ -295,12 +295,12 @@ def draw(result: dict[str, Any], figure: Any) -> None:
     points = Points(result["points"])
     place = plots.preferred(points.values("place"), "one CPU")
     axes = figure.subplots(1, 3)
-    for ax, (what, label, letter) in zip(
+    for ax, (what, label, title) in zip(
         axes,
         (
-            ("per_second", "Refs per second", "a"),
-            ("latency", "median response time, us", "b"),
-            ("traffic_bytes", "bytes moved for one Ref", "c"),
+            ("per_second", "Refs per second", "(a) rate"),
+            ("latency", "median response time, us", "(b) response time"),
+            ("traffic_bytes", "bytes moved for one Ref", "(c) memory traffic"),
         ),
         strict=True,
     ):
@@ -310,7 +310,7 @@ def draw(result: dict[str, Any], figure: Any) -> None:
         plots.log_y(ax)
         ax.set_xlabel("size of the region")
         ax.set_ylabel(label)
-        ax.set_title(f"({letter})")
+        ax.set_title(f"{title}, {place}")
     plots.legend(figure, axes)
 
 

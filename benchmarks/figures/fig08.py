@@ -359,21 +359,52 @@ def headline(points: Points) -> str:
     return f"32 KiB, {place}, with nothing written, and with all of a shared block written: {'; '.join(told)}"
 
 
+# What is drawn: the ways of the library in one row, what others do in the next.
+_OURS = ("value", "cxl", "cxl-1", "cxl-copy", "net", "net-copy")
+_OTHERS = ("cxl", "store", "shm", "ray", "ray-cg", "spark")
+HEIGHT = 9.4
+
+
 def draw(result: dict[str, Any], figure: Any) -> None:
-    """Plot latency and throughput against the share that is written, both sizes."""
+    """Plot latency against the share that is written, both sizes; and what everybody's requests per second come to."""
     points = Points(result["points"])
     place = plots.preferred(points.values("place"), "one CPU")
     sizes = points.values("block")
-    axes = figure.subplots(2, len(sizes), squeeze=False)
-    for column, size in enumerate(sizes):
-        chosen = {"block": size, "place": place, "transport": "ring", "stored": PAGE, "window": 1}
-        for row, (what, label) in enumerate(
-            (("latency", "median latency, us"), ("per_second", "requests per second"))
-        ):
+    axes = figure.subplots(3, len(sizes), squeeze=False)
+    letters = iter("abcdef")
+    for row, (variants, modes, says) in enumerate(
+        ((_OURS, None, "ways of this library"), (_OTHERS, ("fresh", "shared"), "and others"))
+    ):
+        for column, size in enumerate(sizes):
             ax = axes[row][column]
-            plots.lines(ax, points, "share", what, chosen)
+            chosen = {
+                "block": size, "place": place, "transport": "ring", "stored": PAGE, "window": 1,
+            }  # fmt: skip
+            plots.lines(ax, points, "share", "latency", chosen, modes, variants)
             plots.log_y(ax)
             ax.set_xlabel("share of pages written, %")
-            ax.set_ylabel(label)
-            ax.set_title(f"({'ab'[row]}) {bytes_text(size)}")
+            ax.set_ylabel("median latency, us")
+            ax.set_title(f"({next(letters)}) {bytes_text(size)}, {says}, {place}")
+    where = plots.preferred(points.values("place"), "free")  # where Spark is measured
+    for column, size in enumerate(sizes):
+        _draw_rates(axes[2][column], points, size, where)
+        axes[2][column].set_title(f"({next(letters)}) {bytes_text(size)}, nothing written, {where}")
     plots.legend(figure, axes)
+
+
+def _draw_rates(ax: Any, points: Points, size: int, place: str) -> None:
+    """Draw a bar for the requests per second of everybody, one under way."""
+    which = {
+        "block": size, "place": place, "transport": "ring", "stored": PAGE, "window": 1,
+        "mode": "fresh", "share": 0.0,
+    }  # fmt: skip
+    found = [
+        (name, one) for name in REGISTRY if (one := points.one(variant=name, **which)) is not None
+    ]
+    for i, (name, one) in enumerate(found):
+        rate = one["per_second"]
+        low, high = rate["median"] - rate["min"], rate["max"] - rate["median"]
+        ax.bar(i, rate["median"], 0.7, color=REGISTRY[name].colour, yerr=[[low], [high]], capsize=2)
+    ax.set_xticks(range(len(found)), [name for name, _ in found])
+    plots.log_y(ax)
+    ax.set_ylabel("requests per second")

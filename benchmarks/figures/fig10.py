@@ -357,7 +357,7 @@ def _draw_gain(ax: Any, points: Points, transport: str, place: str) -> None:
                 xs,
                 ys,
                 marker="osD"[i],
-                color=("#0b6fb8", "#5aae61", "#a6611a")[i],
+                color=("#222222", "#c51b7d", "#a6611a")[i],
                 label=f"gain by Ref; work: {work}",
             )
     ax.axhline(1, color="#999999", linewidth=0.8)

@@ -261,8 +261,16 @@ def _draw_panel(ax: Any, points: Points, panel: str, place: str) -> None:
                 color=colour,
                 label=f"{told}; charged: {charged}",
             )
+            ax.fill_between(
+                [one["params"]["extra_ns"] for one in line],
+                [share["min"] for share in shares],
+                [share["max"] for share in shares],
+                color=colour,
+                alpha=0.1,
+                linewidth=0,
+            )
     ax.axvline(PAPERS_NS, color="#999999", linewidth=0.8, linestyle=":")
     ax.axhline(BAR, color="#999999", linewidth=0.8, linestyle=":")
-    ax.set_ylim(0, 1.15)
+    ax.set_ylim(bottom=0)
     ax.set_xlabel("ns that a cache line takes longer")
     ax.set_ylabel("throughput, 1 = without the model")

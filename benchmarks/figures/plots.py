@@ -15,9 +15,14 @@ DASHES = {
     "shared": "--",
     "pre-shared": ":",
     "first": "-.",
-    "clone": (0, (1, 3)),
+    "clone": (0, (6, 1.5, 1, 1.5, 1, 1.5)),
     "pipelined": "--",
 }
+WIDTH = 9.6  # inches, as the following
+LINE = 0.17  # from a line of text to the next
+LETTERS = 140  # of a line of text
+LEGEND_LETTER, LEGEND_SAMPLE = 0.062, 0.55
+LEGEND_ROWS = 2  # that the height of a figure allows for
 INK, FAINT = "#222222", "#d9d9d9"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -29,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
@@ -76,12 +82,19 @@ def lines(
     y: str | Callable[[Point], tuple[float, float, float] | None],
     chosen: dict[str, Any],
     modes: Iterable[str] | None = None,
+    variants: Iterable[str] | None = None,
 ) -> None:
-    """Draw a line for each variant and mode among the chosen points, with the spread of the rounds as a band."""
+    """Draw a line for each variant and mode among the chosen points, with the spread of the rounds as a band.
+
+    Args:
+        modes, variants: leave others out; None: none.
+    """
     seen = dict.fromkeys((one["variant"], one["mode"]) for one in points.select(**chosen))
     order = list(REGISTRY)
     for variant, mode in sorted(seen, key=lambda line: (order.index(line[0]), line[1])):
         if modes is not None and mode not in modes:
+            continue
+        if variants is not None and variant not in variants:
             continue
         line = sorted(
             points.select(variant=variant, mode=mode, **chosen), key=lambda one: one["params"][x]
@@ -147,11 +160,14 @@ def legend(figure: Any, axes: Any) -> None:
         for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
             seen.setdefault(text, handle)
     figure.legend(
-        seen.values(),
-        seen.keys(),
-        loc="outside lower center",
-        ncols=min(max(len(seen), 1), 4 if len(seen) > 6 else 3),
+        seen.values(), seen.keys(), loc="outside lower center", ncols=_columns(list(seen))
     )
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Return in how many columns a legend has room beside each other."""
+    widest = LEGEND_SAMPLE + LEGEND_LETTER * max(map(len, labels), default=1)
+    return max(1, min(3, len(labels), int(WIDTH / widest)))
 
 
 def bar_text(one: dict[str, Any]) -> str:
@@ -172,18 +188,33 @@ def render(module: Any, result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        height = getattr(module, "HEIGHT", 6.4)
-        figure = Figure(figsize=(9.6, height), layout="constrained", dpi=130)
-        parts: Any = figure.subfigures(2, 1, height_ratios=(height - 0.8, 0.8))
-        top, bottom = parts
-        module.draw(result, top)
-        top.suptitle(result["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
-        told = [(f"The paper: {claim}.", "#777777") for claim in module.CLAIMS]
-        if headline := result.get("headline"):
-            told.append((f"Here: {headline}.", INK))
-        at = 0.97
-        for words, colour in told:
-            for line in textwrap.wrap(words, 145, subsequent_indent="      "):
-                bottom.text(0.01, at, line, va="top", fontsize=9, color=colour)
-                at -= 0.24
-        figure.savefig(path)
+        made(module, result, Figure).savefig(path)
+
+
+def made(module: Any, result: dict[str, Any], figure_class: Any) -> Any:
+    """Return a figure as matplotlib's, drawn: panels, legend, and below them as many lines of text as there are."""
+    told = [(f"The paper: {claim}.", "#777777") for claim in module.CLAIMS]
+    if headline := result.get("headline"):
+        told.append((f"Here: {headline}.", INK))
+    text = [
+        (line, colour)
+        for words, colour in told
+        for line in textwrap.wrap(
+            words.replace(" x", "\u00a0x"), LETTERS, subsequent_indent="      "
+        )
+    ]
+    panels, below = getattr(module, "HEIGHT", 6.4) - 0.8, LINE * (len(text) + 0.5)
+    figure = figure_class(figsize=(WIDTH, panels + below), layout="constrained", dpi=130)
+    grid = figure.add_gridspec(2, 1, height_ratios=(panels, below))
+    top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
+    module.draw(result, top)
+    rows = sum(-(-len(one.get_texts()) // one._ncols) for one in top.legends)
+    if rows > LEGEND_ROWS:  # panels keep their height
+        panels += LINE * (rows - LEGEND_ROWS)
+        figure.set_size_inches(WIDTH, panels + below)
+        grid.set_height_ratios((panels, below))
+    top.suptitle(result["title"], x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for i, (line, colour) in enumerate(text):
+        at = 1 - LINE * (i + 0.25) / below
+        bottom.text(0.01, at, line, va="top", fontsize=9, color=colour)
+    return figure

@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 from benchmarks.figures import __main__ as command
 from benchmarks.figures import e0, fig08, net, net_blocks, plots, report
@@ -33,6 +39,37 @@ def options(*transports: str, variants: frozenset[str] = OURS) -> Options:
     )
 
 
+def cut_off(name: str, found: dict[str, Any]) -> list[str]:
+    """Return the texts and legends of a figure that are not all inside of it."""
+    with rc_context(plots.STYLE):
+        figure = plots.made(command.module_of(name), found, Figure)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer, whole = canvas.get_renderer(), figure.bbox
+        outside = []
+        ticks = [  # those outside of their axes are there, and are not drawn
+            label for axis in figure.findobj(Axis) for label in axis.get_ticklabels(which="both")
+        ]
+        for artist in figure.findobj(lambda one: isinstance(one, (Text, Legend))):
+            box = artist.get_window_extent(renderer)
+            told = artist.get_text() if isinstance(artist, Text) else "legend"
+            if artist in ticks or not (told and artist.get_visible() and box.width):
+                continue
+            if box.x0 < -1 or box.y0 < -1 or box.x1 > whole.x1 + 1 or box.y1 > whole.y1 + 1:
+                outside.append(f"{told}: {box}")
+    return outside
+
+
+def test_a_text_that_is_cut_off_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(result: dict[str, Any], figure: Any) -> None:
+        text = figure.subplots().annotate("far away", (3, 0.5), xycoords="axes fraction")
+        text.set_in_layout(False)
+
+    monkeypatch.setattr(e0, "draw", draw)
+    (found,) = cut_off("e0", {"title": "a figure"})
+    assert found.startswith("far away")
+
+
 def measured(
     name: str, path: Path, *transports: str, variants: frozenset[str] = OURS
 ) -> dict[str, Any]:
@@ -43,6 +80,7 @@ def measured(
     read: dict[str, Any] = json.loads(file.read_text())
     plots.render(command.module_of(name), read, path / f"{name}.png")
     assert (path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert cut_off(name, read) == []
     report.write([read], path / "results.md", pictures="")
     assert read["title"] in (path / "results.md").read_text()
     return read

@@ -212,8 +212,8 @@ class ObjectStore(Writing):
 
     name = "store"
     says = "object store, copy in, copy out"
-    colour = "#4d9221"
-    marker = "D"
+    colour = "#b8860b"
+    marker = "h"
 
     def start(self, runner: Runner) -> Parties:
         on = runner.on
