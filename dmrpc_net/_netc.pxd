@@ -287,9 +287,10 @@ cdef extern from "net_pager.h" nogil:
         uint16_t server
         uint16_t shard
         bint whole
-        bint dirty
-        bint failed
-        uint64_t nr_present
+
+    bint net_region_dirty(const net_region *r)
+    bint net_region_failed(const net_region *r)
+    uint64_t net_region_present(const net_region *r)
 
     struct net_pager_stats_t "net_pager_stats":
         uint64_t nr_faults

@@ -191,22 +191,22 @@ cdef class Buffer:
     @property
     def changed(self):
         """Whether its bytes may be others than those of its Ref."""
-        return self.ref is None or not self.watched or self.region.dirty
+        return self.ref is None or not self.watched or net_region_dirty(&self.region)
 
     @property
     def complete(self):
         """Whether all of its bytes are here."""
-        return not self.watched or self.region.nr_present >= self.region.nr_pages
+        return not self.watched or net_region_present(&self.region) >= self.region.nr_pages
 
     @property
     def failed(self):
         """Whether bytes of it could not be had."""
-        return self.region.failed
+        return net_region_failed(&self.region)
 
     @property
     def pages_present(self):
         """How many pages of it are here."""
-        return self.region.nr_present if self.watched else self.region.nr_pages
+        return net_region_present(&self.region) if self.watched else self.region.nr_pages
 
     def numpy(self, dtype="uint8", shape=None, *, offset=0):
         """Return a writable ndarray over this buffer; it keeps the buffer alive.

@@ -325,6 +325,7 @@ class Launcher:
                 ",".join(self._memory.addresses),
                 str(self._memory.secret) if self._memory.addresses else "",
                 topology.latency,
+                ",".join(map(str, self._memory.pids)),
             )
             for program in host.programs:
                 env = (*program.env, *place.as_environment().items())

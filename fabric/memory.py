@@ -25,6 +25,8 @@ class MemoryServers:
         self.names = [f"memory-{index}" for index in range(number)]
         self.addresses: list[str] = []
         """Of those that serve."""
+        self.pids: list[int] = []
+        """Of the same."""
         self.secret = folder / SECRET
         """The file that it is in."""
         self._size = size
@@ -38,7 +40,9 @@ class MemoryServers:
 
     def serves(self, line: str) -> None:
         """Take the line that a server writes when it serves."""
-        self.addresses.append(line.split()[2])
+        _, pid, address = line.split()[:3]
+        self.addresses.append(address)
+        self.pids.append(int(pid.removeprefix("pid=")))
 
     def count(self) -> tuple[bool, str]:
         """Account for every page, now that their clients have gone; tell whether all is well, and what was found."""

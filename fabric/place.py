@@ -11,6 +11,7 @@ DMRPC_LOG_LEVEL     debug, info, warning or error
 DMRPC_MEMORY        addresses of memory servers, with commas between,
                     for ``dmrpc_net.attach``; may be empty
 DMRPC_MEMORY_SECRET file with their secret; may be empty
+DMRPC_MEMORY_PIDS   their process ids, with commas between; may be empty
 DMRPC_LATENCY       of the device that hosts emulate, such as 265ns; empty: none
 ==================  ==================================================
 """
@@ -42,6 +43,7 @@ class Place:
     memory: str = ""
     memory_secret: str = ""
     latency: str = ""
+    memory_pids: str = ""
 
     def as_environment(self) -> dict[str, str]:
         """Return the environment variables that say this."""

@@ -123,6 +123,12 @@ def run(
     if programs and args:
         raise click.UsageError("ARGS are for the demonstration; write those of a program into it")
     specs = hosts_of(programs, hosts) if programs else demo_hosts(checkout(), hosts, args)
+    if not memory_servers and any(
+        ("DMRPC_DM", "net") in one.env for spec in specs for one in spec.programs
+    ):
+        raise click.UsageError(
+            "these hosts use memory servers: give --memory-servers 1, before the --"
+        )
     plan = topology.Topology(
         fabric=fabric or name_of_run(keep=keep),
         hosts=specs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,47 +32,9 @@ def why_not() -> str:
     return ""
 
 
-def _add_variant() -> None:
-    """Have the programs of the example know `net`: in this process."""
-    from dmrpc_net.memory import Memory
-    from examples.image_pipeline.variants import VARIANTS, Cxl
-
-    if "net" in VARIANTS:
-        return
-
-    class Net(Cxl):
-        """As `cxl`; but what is pre-shared stays at the server, and each picture is read from there when it is asked for."""
-
-        name = "net"
-        about = "by reference to a memory server"
-
-        def __init__(self, host: Any) -> None:
-            super().__init__(host)
-            self._into = threading.local()
-
-        def open(self, request: Any) -> Any:
-            """See Variant."""
-            if not request.handle:
-                return super().open(request)
-            nbytes = request.image_bytes
-            buffer = Memory.buffer_of(self._regions[request.handle])
-            room = getattr(self._into, "room", None)
-            if room is None or room.nbytes < nbytes:
-                room = self._into.room = np.zeros(nbytes, np.uint8)
-            memory: Any = self.host.memory  # type: ignore[attr-defined]
-            assert buffer is not None
-            into = room[:nbytes]
-            memory.client.get(buffer.ref, into, offset=request.offset, size=nbytes, keep=True)
-            return into
-
-    VARIANTS["net"] = Net
-
-
 def start_service(host: Any, name: str, transport: str) -> None:
     """Start one of the services in this process."""
     from examples.image_pipeline import roles
-
-    _add_variant()
 
     how: Any = transport
     rpc_stage._here[name] = roles.start(host, name, transport=how).end
@@ -139,7 +100,6 @@ def pictures_block(
     charged: bool = False,
 ) -> Block:
     """Return a block of pictures; a request is one."""
-    _add_variant()
     from examples.image_pipeline.client import Client
     from examples.image_pipeline.work import Op
 

@@ -30,7 +30,8 @@ Spark; they write this file, and it is not edited by hand.
 The paper measured on eight servers with 100 Gb/s between them and an emulated CXL device; this is one machine on which all
 processes share {cpus} CPUs. So times mean little, and ratios are what to look at: everything that is compared was measured in one run, in
 short blocks that took turns in random order, {rounds} rounds or more, each ratio within its round. Given are the median of the rounds and,
-in brackets, the lowest and the highest. Every result was checked.
+in brackets, the lowest and the highest. Every result was checked. To be done within 40 minutes a block lasts some {ms:.0f} ms, as many
+requests as fit; those of slow variants, of latencies and of slopes last longer.
 
 *fresh* lines write the data anew for each request, and all that its Ref, its pages and its faults cost is in the time. *shared*: the caller
 writes into a DM buffer made for the request and keeps it, so the receiver's stores are copy-on-write. *pre-shared* lines are the paper's
@@ -188,7 +189,7 @@ def losses(result: Result) -> list[list[str]]:
                 continue
             size = params.get("size", params.get("block", 0))
             where = ", ".join(str(params[k]) for k in ("transport", "place") if k in params)
-            key = (one["variant"], other["variant"], where, bytes_text(size))
+            key = (one["variant"], other["variant"], where, bytes_text(size) if size else "")
             total[key] = total.get(key, 0) + 1
             share = ratio(one["rounds"]["per_second"], other["rounds"]["per_second"])["median"]
             if share < 1:
@@ -211,6 +212,7 @@ def text(results: Sequence[Result], pictures: str) -> str:
     first = results[0]["machine"]
     head = _HEAD.format(
         **first,
+        ms=1e3 * max(result["options"].get("seconds_per_block", 0.06) for result in results),
         rounds=min(result["options"]["rounds"] for result in results),
         load=first["load_average"],
         busy=_BUSY if first["load_average"] > 1.0 else "",

@@ -60,13 +60,16 @@ char *net_pager_map(uint64_t nr_pages) {
 
 void net_pager_unmap(char *base, uint64_t nr_pages) { (void)munmap(base, nr_pages * NET_PAGE); }
 
+/* What others look at without the lock: whole, and in no order with anything. */
+static void set(bool *flag, bool to) { __atomic_store_n(flag, to, __ATOMIC_RELAXED); }
+
 static bool is_present(const struct net_region *r, uint64_t page) {
     return r->present[page >> 3] >> (page & 7) & 1;
 }
 
 static void set_present(struct net_region *r, uint64_t page) {
     r->present[page >> 3] |= (uint8_t)(1u << (page & 7));
-    r->nr_present++;
+    __atomic_store_n(&r->nr_present, r->nr_present + 1, __ATOMIC_RELAXED);
 }
 
 /* ---------------------------------------------------------------- ioctls; the lock is held */
@@ -121,7 +124,7 @@ static int install(struct net_pager *p, struct net_region *r, uint64_t page, uin
 /* Never wrong bytes: what is missing ends whoever touches it. */
 static void give_up(struct net_pager *p, struct net_region *r, const char *why) {
     static const char text[] = "dmrpc_net: bytes of a memory server cannot be had: ";
-    r->failed = true;
+    set(&r->failed, true);
     p->stats.nr_failed++;
     struct iovec parts[] = {{(void *)text, sizeof text - 1}, {(void *)why, strlen(why)}, {"\n", 1}};
     ssize_t ignored = writev(2, parts, 3);
@@ -204,7 +207,7 @@ static void missing(struct net_pager *p, struct net_region *r, uint64_t page, bo
         return;
     }
     if (store && !r->dirty) {
-        r->dirty = true;
+        set(&r->dirty, true);
         (void)protect(p, r, false);
     }
     r->busy = true;
@@ -235,7 +238,7 @@ static void serve(struct net_pager *p, const struct uffd_msg *m) {
     struct net_region *r = region_at(p, address);
     if (r && (flags & UFFD_PAGEFAULT_FLAG_WP)) {
         p->stats.nr_stores++;
-        r->dirty = true;
+        set(&r->dirty, true);
         (void)protect(p, r, false); /* wakes */
     } else if (r) {
         p->stats.nr_faults++;
@@ -322,10 +325,10 @@ void net_pager_remove(struct net_pager *p, struct net_region *r) {
 
 int net_pager_protect(struct net_pager *p, struct net_region *r) {
     pthread_mutex_lock(&p->lock);
-    r->dirty = false;
+    set(&r->dirty, false);
     int status = protect(p, r, true);
     if (status)
-        r->dirty = true;
+        set(&r->dirty, true);
     pthread_mutex_unlock(&p->lock);
     return status;
 }

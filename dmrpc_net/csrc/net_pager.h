@@ -32,7 +32,7 @@ struct net_region {
     uint64_t key; /* 0: missing pages are zeros */
     uint16_t server, shard;
     bool whole; /* fetch all at the first fault */
-    /* under the pager's lock; may be looked at without */
+    /* under the pager's lock; others look at them by the functions below */
     bool dirty, failed;
     uint64_t nr_present;
     /* the pager's */
@@ -41,6 +41,16 @@ struct net_region {
     uint64_t window;    /* pages to fetch around the next fault */
     uint8_t *present;   /* a bit for each page */
 };
+
+static inline bool net_region_dirty(const struct net_region *r) {
+    return __atomic_load_n(&r->dirty, __ATOMIC_RELAXED);
+}
+static inline bool net_region_failed(const struct net_region *r) {
+    return __atomic_load_n(&r->failed, __ATOMIC_RELAXED);
+}
+static inline uint64_t net_region_present(const struct net_region *r) {
+    return __atomic_load_n(&r->nr_present, __ATOMIC_RELAXED);
+}
 
 struct net_pager_stats {
     uint64_t nr_faults, nr_stores, nr_requests, bytes_fetched, nr_failed, nr_regions;

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Sequence
 
 import dmrpc_cxl
+from dmrpc_cxl.errors import MisuseError
 from dmrpc_cxl.fabric.topology import HostSpec
 
 from ..serving.desk import Desk, host_of, wait_for
@@ -23,7 +24,7 @@ from .roles import (
     service_names,
     start,
 )
-from .variants import VARIANTS
+from .variants import VARIANTS, memory_of
 
 # ---------------------------------------------------------------- the launcher's side
 
@@ -33,18 +34,26 @@ def hosts(args: Sequence[str] = (), nr_processors: int = NR_PROCESSORS) -> tuple
 
     Args:
         args: for session.py; what concerns the services is read here as well.
+
+    Raises:
+        MisuseError: variants that cannot be measured in one run.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--variants", default="")
     add_service_options(parser)
     options, _ = parser.parse_known_args(list(args))
     variants = tuple(name for name in options.variants.split(",") if name in VARIANTS)
+    try:
+        memory = memory_of(variants)
+    except ValueError as error:
+        raise MisuseError(f"--variants {options.variants}: {error}") from None
+    environment = {"DMRPC_DM": "net"} if memory == "servers" else {}
     told = ("--transport", options.transport, "--processors", str(nr_processors))
 
     return (
-        host_of("client", f"{__package__}.session:main", *args, *told[2:]),
+        host_of("client", f"{__package__}.session:main", *args, *told[2:], **environment),
         *(
-            host_of(name, f"{__package__}.hosts:serve", *told)
+            host_of(name, f"{__package__}.hosts:serve", *told, **environment)
             for name in service_names(nr_processors, variants)
         ),
     )

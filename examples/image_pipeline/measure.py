@@ -138,6 +138,7 @@ class Meter:
         for what, names in FROM_DEVICE.items():
             found[what] = sum(entry[name] for entry in counters for name in names)
         found["bytes copied in DM"] += client.variant.bytes_copied
+        found["bytes placed in DM"] += client.variant.bytes_placed
         return found
 
 

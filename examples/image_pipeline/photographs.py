@@ -1,14 +1,15 @@
-"""The photographs, as bitmaps of about the size that is asked for.
+"""The photographs, as bitmaps of about the size that is asked for; those of a folder, or those shipped.
 
-They come with scikit-image. What its documentation says of their rights is in PHOTOGRAPHS; pictures about whose rights it says
+The latter come with scikit-image. What its documentation says of their rights is in PHOTOGRAPHS; pictures about whose rights it says
 nothing definite are not used.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,8 +49,10 @@ _MIRRORS: dict[str, tuple[int, int]] = {  # steps through rows and columns
     "turned": (-1, -1),
 }
 _QUARTERS = ("", "quarter")
-NR_PICTURES = len(PHOTOGRAPHS) * len(_MIRRORS) * len(_QUARTERS)
+_WAYS = len(_MIRRORS) * len(_QUARTERS)
+NR_PICTURES = len(PHOTOGRAPHS) * _WAYS
 """Different ones of each size."""
+LEAST_PIXELS = 8  # in width and height
 
 
 class Picture(NamedTuple):
@@ -60,12 +63,64 @@ class Picture(NamedTuple):
     file: Bytes
 
 
+class Album(NamedTuple):
+    """Where photographs come from: their names, and what gives the pixels of one."""
+
+    names: tuple[str, ...]
+    pixels: Callable[[str], npt.NDArray[np.uint8]]
+
+    @property
+    def nr_pictures(self) -> int:
+        """Different ones of each size."""
+        return len(self.names) * _WAYS
+
+
+def album_of(folder: Path, warn: Callable[[str], None]) -> Album:
+    """Return the photographs in a folder, of all formats that Pillow reads, by file name; what is none is left out.
+
+    Args:
+        warn: told of each file that is left out.
+
+    Raises:
+        ValueError: no such folder, or no photograph in it.
+    """
+    from PIL import Image, ImageOps
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        try:
+            with Image.open(path) as image:
+                image.verify()
+                if min(image.size) < LEAST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels")
+        except Exception as error:  # Pillow raises nearly anything for these
+            warn(f"{path.name} is left out: {error}")
+        else:
+            found[path.name] = path
+    if not found:
+        raise ValueError(f"{folder} has no photographs in it")
+
+    @cache
+    def pixels(name: str) -> npt.NDArray[np.uint8]:
+        with Image.open(found[name]) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+    return Album(tuple(found), pixels)
+
+
 @cache
 def _photograph(name: str) -> npt.NDArray[np.uint8]:
     import skimage.data  # takes half a second, and only clients need it
 
     pixels: npt.NDArray[np.uint8] = getattr(skimage.data, name)()
     return pixels
+
+
+SHIPPED = Album(tuple(PHOTOGRAPHS), _photograph)
 
 
 def _resized(pixels: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -79,21 +134,22 @@ def _resized(pixels: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDAr
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def pictures(nominal: int, number: int = NR_PICTURES) -> Iterator[Picture]:
-    """Yield that many different pictures of one of SIZES, made one by one.
+def pictures(nominal: int, number: int | None = None, album: Album = SHIPPED) -> Iterator[Picture]:
+    """Yield that many different pictures of one of SIZES, made one by one; None: as many as there are.
 
     Raises:
         KeyError: not one of SIZES.
         ValueError: there are not so many.
     """
-    if not 0 <= number <= NR_PICTURES:
-        raise ValueError(f"{number} pictures: there are {NR_PICTURES} of each size")
+    number = album.nr_pictures if number is None else number
+    if not 0 <= number <= album.nr_pictures:
+        raise ValueError(f"{number} pictures: there are {album.nr_pictures} of each size")
     width, height = SIZES[nominal]
     resized: dict[tuple[str, str], npt.NDArray[np.uint8]] = {}
-    made = itertools.product(_QUARTERS, _MIRRORS.items(), PHOTOGRAPHS)
+    made = itertools.product(_QUARTERS, _MIRRORS.items(), album.names)
     for quarter, (mirror, (down, right)), name in itertools.islice(made, number):
         if (quarter, name) not in resized:
-            pixels = _photograph(name)
+            pixels = album.pixels(name)
             turned = np.ascontiguousarray(np.rot90(pixels)) if quarter else pixels
             resized[quarter, name] = _resized(turned, width, height)
         file = bmp.from_pixels(resized[quarter, name][::down, ::right])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import os
 import platform
 import sys
 import time
@@ -79,9 +80,11 @@ def rows(costs: Mapping[str, Cost]) -> list[Row]:
 
 def title(options: argparse.Namespace) -> str:
     """Say what was compared."""
+    emulated = os.environ.get("DMRPC_LATENCY")  # by the hosts of this run: docs/running.md
     return (
         f"{name_of(options.size)}B bitmaps, {options.mode}, work: {options.work}, {options.window} requests under way, "
         f"transport: {options.transport}; counts and times are for each picture"
+        + (f"; a device of {emulated} is emulated" if emulated else "")
     )
 
 
@@ -169,7 +172,7 @@ def write_page(
     gallery: list[dict[str, Any]] = [
         {
             "name": picture.name.replace("_", " "),
-            "rights": PHOTOGRAPHS[picture.name],
+            "rights": PHOTOGRAPHS.get(picture.name, ""),
             "before": _picture(picture.file),
             "before_bytes": size(picture.file.nbytes),
             "results": [

@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .client import Client, Wrong
 from .hosts import add_service_options
 from .measure import Cost, Meter
 from .messages import RequestFailed
-from .photographs import NR_PICTURES, PHOTOGRAPHS, SIZES, Picture, pictures, size_named
+from .photographs import NR_PICTURES, SHIPPED, SIZES, Album, Picture, album_of, pictures, size_named
 from .roles import service_names
 from .variants import MODES, VARIANTS
 from .work import WORKS, Op, Work
@@ -39,6 +40,7 @@ SWEPT_SIZES = tuple(nominal for nominal in SIZES if nominal.bit_length() % 2)  #
 SWEEP_PICTURES = 14
 MAX_WINDOW = 64
 BLOCK = 28  # pictures of one variant in a row
+MOST_SHOWN = 24  # photographs in the report
 
 
 class Session:
@@ -96,7 +98,7 @@ class Session:
 def compare(session: Session, progress: Progress) -> dict[str, Cost]:
     """Measure the first series: as many pictures as were asked for, of one size."""
     options = session.options
-    files = [picture.file for picture in pictures(options.size)]
+    files = [picture.file for picture in pictures(options.size, album=options.album)]
     costs = {name: Cost() for name in session.clients}
     for name in costs:  # connections, caches and free lists: a block each that does not count
         session.block(Cost(), name, files[:BLOCK], count=BLOCK, work=options.work)
@@ -115,12 +117,17 @@ def compare(session: Session, progress: Progress) -> dict[str, Cost]:
     return costs
 
 
+def _some(options: argparse.Namespace, nominal: int) -> list[Bytes]:
+    number = min(SWEEP_PICTURES, options.album.nr_pictures)
+    return [picture.file for picture in pictures(nominal, number, options.album)]
+
+
 def sweep_sizes(session: Session, progress: Progress) -> dict[str, dict[int, Cost]]:
     """Measure the second series."""
     options = session.options
     series: dict[str, dict[int, Cost]] = {name: {} for name in session.clients}
     for nominal in progress.track(SWEPT_SIZES, description="sizes"):
-        files = [picture.file for picture in pictures(nominal, SWEEP_PICTURES)]
+        files = _some(options, nominal)
         for found in series.values():
             found[nominal] = Cost()
         for _ in range(options.rounds):
@@ -133,7 +140,7 @@ def sweep_sizes(session: Session, progress: Progress) -> dict[str, dict[int, Cos
 def sweep_works(session: Session, progress: Progress) -> dict[str, dict[Work, Cost]]:
     """Measure the third series."""
     options = session.options
-    files = [picture.file for picture in pictures(options.size, SWEEP_PICTURES)]
+    files = _some(options, options.size)
     series: dict[str, dict[Work, Cost]] = {name: {} for name in session.clients}
     for work in progress.track(WORKS, description="work"):
         for found in series.values():
@@ -148,7 +155,8 @@ def sweep_works(session: Session, progress: Progress) -> dict[str, dict[Work, Co
 def gallery(session: Session) -> list[tuple[Picture, Bytes, Bytes]]:
     """Have every photograph transcoded and compressed for real, to look at."""
     client = list(session.clients.values())[-1]
-    chosen = list(pictures(256 << 10, len(PHOTOGRAPHS)))
+    album = session.options.album
+    chosen = list(pictures(256 << 10, min(len(album.names), MOST_SHOWN), album))
     if client.mode == "pre-shared":
         client.share([picture.file for picture in chosen])
     found = []
@@ -179,6 +187,41 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _album(text: str) -> Album:
+    try:
+        return album_of(Path(text), lambda told: print(f"warning: {told}", file=sys.stderr))
+    except (ValueError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _number(kind: type[Any], least: float, below: float | None = None) -> Callable[[str], Any]:
+    """Return what reads a number that is not less than one limit, and less than the other."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value or (below is not None and not value < below):
+            most = "" if below is None else f", less than {below:g}"
+            raise argparse.ArgumentTypeError(f"{text!r}: a number, {least:g} or more{most}")
+        return value
+
+    return read
+
+
+def _writable(text: str) -> Path:
+    """Return a folder that exists or was made, and into which files may be written."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    return folder
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     parser = argparse.ArgumentParser(prog="client", description=__doc__.split("\n")[0])
@@ -187,21 +230,35 @@ def parser() -> argparse.ArgumentParser:
         help=f"some of {', '.join(VARIANTS)}  [default: value,cxl]")  # fmt: skip
     add("--mode", choices=MODES, default="fresh",
         help="of variants that have it; pre-shared: placed and mapped before  [default: fresh]")  # fmt: skip
-    add("--pictures", type=int, default=5 * NR_PICTURES, metavar="N",
+    add("--pictures-from", dest="album", type=_album, default=SHIPPED, metavar="FOLDER",
+        help="take the photographs in there  [default: those of scikit-image]")  # fmt: skip
+    add("--pictures", type=_number(int, 1), default=5 * NR_PICTURES, metavar="N",
         help=f"for each variant in the comparison  [default: {5 * NR_PICTURES}]")  # fmt: skip
     add("--size", type=_size, default=1 << 20, metavar="SIZE",
         help="of these, 4K to 4M  [default: 1M]")  # fmt: skip
     add("--work", choices=WORKS, default="scale", help="what is computed  [default: scale]")
-    add("--window", type=int, default=4, metavar="N", help="requests under way  [default: 4]")
-    add("--bad-share", type=float, default=0.01, metavar="X",
+    add(
+        "--window",
+        type=_number(int, 1, MAX_WINDOW + 1),
+        default=4,
+        metavar="N",
+        help="requests under way  [default: 4]",
+    )
+    add("--bad-share", type=_number(float, 0, 1), default=0.01, metavar="X",
         help="of the requests, forged: the firewall must block them  [default: 0.01]")  # fmt: skip
-    add("--check-every", type=int, default=8, metavar="N",
+    add("--check-every", type=_number(int, 0), default=8, metavar="N",
         help="compare so many results with what the client computes itself  [default: 8]")  # fmt: skip
-    add("--rounds", type=int, default=3, metavar="N",
+    add("--rounds", type=_number(int, 0), default=3, metavar="N",
         help="blocks of each variant at each point of the plots; 0: no plots  [default: 3]")  # fmt: skip
-    add("--block-seconds", type=float, default=0.2, metavar="S", help="[default: 0.2]")
+    add(
+        "--block-seconds",
+        type=_number(float, 0.001),
+        default=0.2,
+        metavar="S",
+        help="[default: 0.2]",
+    )
     add("--seed", type=int, default=1, metavar="N", help="of all that is drawn  [default: 1]")
-    add("--out", type=Path, default=CHECKOUT / "build" / "image-pipeline", metavar="FOLDER",
+    add("--out", type=_writable, default=CHECKOUT / "build" / "image-pipeline", metavar="FOLDER",
         help="for the report  [default: build/image-pipeline]")  # fmt: skip
     add_service_options(parser)
     return parser
@@ -212,8 +269,6 @@ def main(host: dmrpc_cxl.Host) -> int:
     from .report import show, write_page
 
     options = parser().parse_args()
-    if not 1 <= options.window <= MAX_WINDOW or options.pictures < 1:
-        parser().error(f"--window is 1 to {MAX_WINDOW}, and --pictures 1 or more")
     began = time.monotonic()
     session = None
     try:

@@ -9,6 +9,8 @@ value     the picture is in every message
 cxl       the library decides: a small picture is in the message, a large one is written into DM once
           and given away; messages carry a Ref
 cxl-copy  the client keeps the picture in DM, and what is sent is an eager copy of it; small ones as cxl
+net       the library decides as well, but large pictures are written to a memory server and read from there: all
+          hosts of such a run have memory servers instead of the pool
 store     the picture is copied into an object store, which never changes it, and the message has its
           number; small ones as value
 ========  =============================================================================================
@@ -21,7 +23,10 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
 
 import dmrpc_cxl
 from dmrpc_cxl.rpc.marshal import Transfer
@@ -45,10 +50,12 @@ class Variant(ABC):
     modes: ClassVar[tuple[Mode, ...]] = ("fresh",)
     needs: ClassVar[tuple[str, ...]] = ()
     """Hosts besides the seven services that have to run: hosts.py."""
+    memory: ClassVar[Literal["pool", "servers", "either"]] = "pool"
+    """Where large data of its hosts has to be; either: it goes into no messages by reference."""
 
     def __init__(self, host: dmrpc_cxl.Host) -> None:
         self.host = host
-        self.bytes_copied = 0
+        self.bytes_copied = self.bytes_placed = 0
         """In DM, by this class itself: beside what the DM layer counts."""
 
     @abstractmethod
@@ -94,6 +101,7 @@ class Value(Variant):
     name = "value"
     about = "by value"
     transfer = "value"
+    memory = "either"
 
     def place(self, request: Request, file: Bytes) -> None:
         """See Variant."""
@@ -155,12 +163,50 @@ class CxlCopy(Cxl):
         return kept
 
 
+class Net(Cxl):
+    """By reference to a memory server; what is pre-shared stays there, and each picture is read when it is asked for."""
+
+    name = "net"
+    about = "by reference to a memory server"
+    memory = "servers"
+
+    def __init__(self, host: dmrpc_cxl.Host) -> None:
+        super().__init__(host)
+        self._rooms = threading.local()  # for a picture each: workers have several threads
+
+    def place(self, request: Request, file: Bytes) -> Any:
+        """See Variant."""
+        if file.nbytes >= self.host.threshold:
+            self.bytes_placed += file.nbytes
+        return super().place(request, file)
+
+    def open(self, request: Request) -> Bytes:
+        """See Variant."""
+        if not request.handle:
+            return super().open(request)
+        region = self._regions.get(request.handle)
+        if region is None:
+            raise NotABitmap("no pictures are shared under that handle")
+        from dmrpc_net.memory import Memory  # only where there are memory servers
+
+        nbytes = request.image_bytes
+        room: Bytes | None = getattr(self._rooms, "room", None)
+        if room is None or room.nbytes < nbytes:
+            room = self._rooms.room = np.zeros(nbytes, np.uint8)
+        buffer = Memory.buffer_of(region)
+        assert buffer is not None
+        memory: Any = self.host.memory  # type: ignore[attr-defined]
+        memory.client.get(buffer.ref, room[:nbytes], offset=request.offset, size=nbytes, keep=True)
+        return room[:nbytes]
+
+
 class Store(Variant):
     """Through an object store."""
 
     name = "store"
     about = "object store"
     transfer = "value"
+    memory = "either"
     needs = (store.NAME,)
 
     def __init__(self, host: dmrpc_cxl.Host) -> None:
@@ -232,7 +278,24 @@ def _there(request: Request) -> Bytes:
     return request.image
 
 
-VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, CxlCopy, Store)}
+VARIANTS: dict[str, type[Variant]] = {kind.name: kind for kind in (Value, Cxl, CxlCopy, Net, Store)}
+
+
+def memory_of(names: Iterable[str]) -> Literal["pool", "servers"]:
+    """Return where large data of the hosts of a run has to be, so that it can measure these variants.
+
+    Raises:
+        ValueError: some need the pool, some memory servers.
+    """
+    wanted: dict[str, list[str]] = {"pool": [], "servers": [], "either": []}
+    for name in names:
+        wanted[VARIANTS[name].memory].append(name)
+    if wanted["pool"] and wanted["servers"]:
+        raise ValueError(
+            f"{', '.join(wanted['servers'])} runs on hosts that have memory servers instead of the pool, "
+            f"{', '.join(wanted['pool'])} on hosts with the pool: run them one after the other, each with value"
+        )
+    return "servers" if wanted["servers"] else "pool"
 
 
 class Ways:

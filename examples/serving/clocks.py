@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,12 @@ from dmrpc_cxl.fabric import device
 
 
 def process_ids(fabric: str, first: Sequence[str] = ()) -> dict[str, int]:
-    """Return the processes of a fabric by name, the coordinator included; those named first stand first."""
+    """Return the processes of a fabric by name, coordinator and memory servers included; those named first stand first."""
     with device.open(fabric, writable=False) as opened:
         pids = {entry["name"]: int(entry["pid"]) for entry in opened.hosts()}
         pids["coordinator"] = int(opened.superblock["coordinator_pid"])
+    servers = os.environ.get("DMRPC_MEMORY_PIDS", "").split(",")
+    pids |= {f"memory-{i}": int(pid) for i, pid in enumerate(servers) if pid}
     chosen = [name for name in first if name in pids]
     return {name: pids[name] for name in (*chosen, *sorted(pids.keys() - {*chosen}))}
 

@@ -23,10 +23,11 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SECONDS = 30.0  # for the others to come up
 
 
-def host_of(name: str, function: str, *words: str) -> HostSpec:
-    """Make a host that runs "MODULE:FUNCTION" of this checkout."""
+def host_of(name: str, function: str, *words: str, **environment: str) -> HostSpec:
+    """Make a host that runs "MODULE:FUNCTION" of this checkout, with more in its environment."""
     argv = (sys.executable, "-m", "dmrpc_cxl.fabric.call", function, *words)
-    return HostSpec(name, (Program(argv, (("PYTHONPATH", str(CHECKOUT)),)),))
+    told = (("PYTHONPATH", str(CHECKOUT)), *environment.items())
+    return HostSpec(name, (Program(argv, told),))
 
 
 class Desk:

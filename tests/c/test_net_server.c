@@ -1,221 +1,56 @@
 /*
  * test_net_server.c - a memory server's threads and a client's link, over real sockets: for the sanitizers above all.
  */
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/socket.h>
 
 #include "check.h"
-#include "net_link.h"
+#include "memory.h"
 #include "net_server.h"
-
-#define PAGE 4096u
-#define SHARDS 2u
-#define POOL (8u << 20)
-
-static struct net_server *server;
-static int listener;
-static struct sockaddr_in place;
-static uint8_t secret[NET_SECRET_BYTES] = "a secret of thirty-two bytes ...";
-
-static void start(void) {
-    struct net_failure failure;
-    struct net_config g = {.nr_shards = SHARDS,
-                           .pool_bytes = POOL,
-                           .page_bytes = PAGE,
-                           .max_processes = 64,
-                           .max_strangers = 16,
-                           .hello_ms = 5000,
-                           .vanished_s = 30,
-                           .populate = true,
-                           .limits = {.max_pages = UINT64_MAX,
-                                      .max_virtual = 1 << 20,
-                                      .max_ranges = 1 << 16,
-                                      .max_refs = 1 << 16,
-                                      .max_outstanding = 256,
-                                      .max_ref_slots = 1 << 16,
-                                      .keep_ms = 50}};
-    memcpy(g.secret, secret, sizeof secret);
-    place = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof place;
-    listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    EXPECT(listener >= 0);
-    EXPECT_EQ(bind(listener, (struct sockaddr *)&place, size), 0);
-    EXPECT_EQ(listen(listener, 64), 0);
-    EXPECT_EQ(getsockname(listener, (struct sockaddr *)&place, &size), 0);
-    EXPECT_EQ(net_server_open(&g, &listener, 1, &server, &failure), NET_OK);
-}
-
-static void stop(void) {
-    net_server_close(server);
-    close(listener);
-}
-
-static int greeted(const struct net_hello *hello, struct net_welcome *welcome) {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    const int on = 1;
-    EXPECT_EQ(connect(fd, (struct sockaddr *)&place, sizeof place), 0);
-    EXPECT_EQ(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), 0);
-    EXPECT_EQ(send(fd, hello, sizeof *hello, MSG_NOSIGNAL), sizeof *hello);
-    EXPECT_EQ(recv(fd, welcome, sizeof *welcome, MSG_WAITALL), sizeof *welcome);
-    EXPECT_EQ(welcome->magic, NET_MAGIC);
-    return fd;
-}
-
-struct process {
-    uint32_t pid;
-    int control;
-    struct net_link *links[SHARDS];
-};
-
-static int data_connection(const struct process *p, uint32_t shard) {
-    struct net_welcome w;
-    struct net_hello h = {.magic = NET_MAGIC,
-                          .version = NET_VERSION,
-                          .kind = NET_DATA,
-                          .token = 99,
-                          .pid = p->pid,
-                          .shard = (uint16_t)shard};
-    memcpy(h.secret, secret, sizeof secret);
-    int fd = greeted(&h, &w);
-    EXPECT_EQ(w.status, NET_OK);
-    return fd;
-}
-
-static void join(struct process *p) {
-    struct net_welcome w;
-    struct net_hello h = {
-        .magic = NET_MAGIC, .version = NET_VERSION, .kind = NET_CONTROL, .token = 99};
-    memcpy(h.secret, secret, sizeof secret);
-    p->control = greeted(&h, &w);
-    EXPECT_EQ(w.status, NET_OK);
-    EXPECT_EQ(w.nr_shards, SHARDS);
-    p->pid = w.pid;
-    for (uint32_t i = 0; i < SHARDS; i++) {
-        p->links[i] = net_link_new(w.max_outstanding);
-        EXPECT_EQ(net_link_resume(p->links[i], data_connection(p, i)), 0);
-    }
-}
-
-static void leave(struct process *p) {
-    char end;
-    for (uint32_t i = 0; i < SHARDS; i++) {
-        net_link_fail(p->links[i], NET_CLOSED);
-        net_link_free(p->links[i]);
-    }
-    (void)shutdown(p->control, SHUT_WR);
-    EXPECT_EQ(recv(p->control, &end, 1, 0), 0); /* when everything is freed */
-    close(p->control);
-}
-
-/* One thread at a time: of two connections to a shard the server keeps the newer. */
-static void mend(struct process *p, uint32_t shard) {
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    pthread_mutex_lock(&lock);
-    if (!net_link_healthy(p->links[shard]))
-        EXPECT_EQ(net_link_resume(p->links[shard], data_connection(p, shard)), 0);
-    pthread_mutex_unlock(&lock);
-}
-
-/* A call, and its outcome; a broken connection is made again. */
-static int call(struct process *p, uint32_t shard, struct net_call *c) {
-    int status = net_link_submit(p->links[shard], c, false);
-    while (status == 0 && (status = net_link_wait(p->links[shard], c, 0)) < 0) {
-        if (status == NET_BROKEN)
-            mend(p, shard);
-        else
-            EXPECT_EQ(status, NET_INTERRUPTED);
-        status = 0;
-        if (net_call_done(c))
-            return c->outcome;
-    }
-    return status;
-}
-
-static uint64_t asked(struct process *p, uint32_t shard, struct net_request q) {
-    struct net_call c = {.request = q};
-    EXPECT_EQ(call(p, shard, &c), NET_OK);
-    return c.a;
-}
-
-static void write_bytes(struct process *p, uint32_t shard, uint64_t address, const void *from,
-                        uint32_t n) {
-    struct net_call c = {.request = {.op = NET_RWRITE, .payload = n, .a = address},
-                         .payload = from};
-    EXPECT_EQ(call(p, shard, &c), NET_OK);
-}
-
-static void read_bytes(struct process *p, uint32_t shard, uint64_t address, void *into,
-                       uint32_t n) {
-    struct net_call c = {
-        .request = {.op = NET_RREAD, .a = address, .b = n}, .into = into, .into_bytes = n};
-    EXPECT_EQ(call(p, shard, &c), NET_OK);
-}
-
-static struct net_audit audit(struct process *p, uint32_t shard) {
-    struct net_audit found;
-    struct net_call c = {.request = {.op = NET_AUDIT}, .into = &found, .into_bytes = sizeof found};
-    EXPECT_EQ(call(p, shard, &c), NET_OK);
-    EXPECT_EQ(found.nr_violations, 0);
-    return found;
-}
-
-static void expect_all_free(void) {
-    struct process p;
-    join(&p);
-    for (uint32_t i = 0; i < SHARDS; i++) {
-        struct net_audit found = audit(&p, i);
-        EXPECT_EQ(found.nr_free, found.nr_pages);
-        EXPECT_EQ(found.nr_refs, 0);
-        EXPECT_EQ(found.nr_processes, 1);
-    }
-    leave(&p);
-}
 
 /* ---------------------------------------------------------------- tests */
 
 static void what_was_written_is_read(void) {
     struct process p;
     struct rng r = rng_start();
-    start();
-    join(&p);
+    memory_start();
+    memory_join(&p);
     enum { BYTES = 300000 };
     uint8_t *bytes = malloc(BYTES), *back = malloc(BYTES);
     for (uint32_t shard = 0; shard < SHARDS; shard++) {
-        uint64_t a = asked(&p, shard, (struct net_request){.op = NET_RALLOC, .a = BYTES});
+        uint64_t a = memory_asked(&p, shard, (struct net_request){.op = NET_RALLOC, .a = BYTES});
         for (int i = 0; i < 50; i++) {
             uint32_t n = 1 + rng_below(&r, BYTES), at = rng_below(&r, BYTES - n + 1);
             for (uint32_t k = 0; k < n; k++)
                 bytes[k] = (uint8_t)rng_next(&r);
-            write_bytes(&p, shard, a + at, bytes, n);
+            memory_write(&p, shard, a + at, bytes, n);
             memset(back, 0, n);
-            read_bytes(&p, shard, a + at, back, n);
+            memory_read(&p, shard, a + at, back, n);
             EXPECT(!memcmp(bytes, back, n));
         }
-        (void)asked(&p, shard, (struct net_request){.op = NET_RFREE, .a = a});
+        (void)memory_asked(&p, shard, (struct net_request){.op = NET_RFREE, .a = a});
     }
     free(bytes);
     free(back);
-    leave(&p);
-    expect_all_free();
-    stop();
+    memory_leave(&p);
+    memory_expect_all_free();
+    memory_stop();
 }
 
 static void answers_that_refuse_do_not_confuse_what_follows(void) {
     struct process p;
-    start();
-    join(&p);
+    memory_start();
+    memory_join(&p);
     enum { N = 60, BYTES = 20000 };
     static struct net_call calls[N];
     static uint8_t into[N][BYTES];
-    uint64_t a = asked(&p, 0, (struct net_request){.op = NET_RALLOC, .a = BYTES});
+    uint64_t a = memory_asked(&p, 0, (struct net_request){.op = NET_RALLOC, .a = BYTES});
     memset(into[0], 7, BYTES);
-    write_bytes(&p, 0, a, into[0], BYTES);
+    memory_write(&p, 0, a, into[0], BYTES);
     for (int i = 0; i < N; i++) { /* each second one is refused, where much was expected */
         calls[i] = (struct net_call){
             .request = {.op = NET_RREAD, .a = i & 1 ? a + (1ull << 40) : a, .b = BYTES},
@@ -228,9 +63,9 @@ static void answers_that_refuse_do_not_confuse_what_follows(void) {
         for (int k = 0; !(i & 1) && k < BYTES; k++)
             EXPECT_EQ(into[i][k], 7);
     }
-    leave(&p);
-    expect_all_free();
-    stop();
+    memory_leave(&p);
+    memory_expect_all_free();
+    memory_stop();
 }
 
 #define THREADS 4
@@ -242,12 +77,13 @@ static void *reader_and_writer(void *arg) {
     const uint32_t me = (uint32_t)(uintptr_t)arg;
     static uint8_t bytes[THREADS][64 * 1024], back[THREADS][64 * 1024];
     struct rng r = {me + 1};
-    uint64_t at = asked(&shared, 0, (struct net_request){.op = NET_RALLOC, .a = sizeof bytes[0]});
+    uint64_t at =
+        memory_asked(&shared, 0, (struct net_request){.op = NET_RALLOC, .a = sizeof bytes[0]});
     for (int i = 0; i < 150; i++) {
         uint32_t n = 1 + rng_below(&r, sizeof bytes[0]);
         memset(bytes[me], (int)rng_next(&r), n);
-        write_bytes(&shared, 0, at, bytes[me], n);
-        read_bytes(&shared, 0, at, back[me], n);
+        memory_write(&shared, 0, at, bytes[me], n);
+        memory_read(&shared, 0, at, back[me], n);
         EXPECT(!memcmp(bytes[me], back[me], n));
     }
     atomic_fetch_sub(&running, 1);
@@ -256,16 +92,16 @@ static void *reader_and_writer(void *arg) {
 
 static void threads_share_a_connection(void) {
     pthread_t threads[THREADS];
-    start();
-    join(&shared);
+    memory_start();
+    memory_join(&shared);
     atomic_store(&running, THREADS);
     for (uintptr_t i = 0; i < THREADS; i++)
         EXPECT_EQ(pthread_create(&threads[i], NULL, reader_and_writer, (void *)i), 0);
     for (int i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
-    leave(&shared);
-    expect_all_free();
-    stop();
+    memory_leave(&shared);
+    memory_expect_all_free();
+    memory_stop();
 }
 
 /* One that breaks the shared connection again and again, while others use it. */
@@ -284,8 +120,8 @@ static void *breaker(void *arg) {
 
 static void a_connection_that_breaks_again_and_again_loses_nothing(void) {
     pthread_t threads[THREADS], wrecker;
-    start();
-    join(&shared);
+    memory_start();
+    memory_join(&shared);
     atomic_store(&running, THREADS);
     EXPECT_EQ(pthread_create(&wrecker, NULL, breaker, NULL), 0);
     for (uintptr_t i = 0; i < THREADS; i++)
@@ -293,9 +129,9 @@ static void a_connection_that_breaks_again_and_again_loses_nothing(void) {
     for (int i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
     pthread_join(wrecker, NULL);
-    leave(&shared);
-    expect_all_free();
-    stop();
+    memory_leave(&shared);
+    memory_expect_all_free();
+    memory_stop();
 }
 
 /* Processes that hand Refs to each other through a table, die in the midst of it, and come again. */
@@ -307,52 +143,52 @@ static void *come_and_go(void *arg) {
     static uint8_t block[3 * PAGE];
     for (int life = 0; life < 12; life++) {
         struct process p;
-        join(&p);
+        memory_join(&p);
         for (int i = 0; i < 60; i++) {
             const uint32_t shard = 0, slot = rng_below(&r, 16);
             uint8_t back[100];
             struct net_call put = {
                 .request = {.op = NET_PUT, .payload = sizeof block, .flags = NET_KEEP},
                 .payload = block};
-            EXPECT_EQ(call(&p, shard, &put), NET_OK);
+            EXPECT_EQ(memory_call(&p, shard, &put), NET_OK);
             pthread_mutex_lock(&table_lock);
             uint64_t theirs = table[slot];
             table[slot] = put.a;
             pthread_mutex_unlock(&table_lock);
-            write_bytes(&p, shard, put.b + rng_below(&r, PAGE), "changed", 7);
+            memory_write(&p, shard, put.b + rng_below(&r, PAGE), "changed", 7);
             struct net_call map = {.request = {.op = NET_MAP_REF, .a = theirs, .b = sizeof block}};
-            if (theirs && call(&p, shard, &map) == NET_OK) {
-                read_bytes(&p, shard, map.a, back, sizeof back);
+            if (theirs && memory_call(&p, shard, &map) == NET_OK) {
+                memory_read(&p, shard, map.a, back, sizeof back);
                 for (uint32_t k = 0; k < sizeof back; k++)
                     EXPECT_EQ(back[k], 0);
-                write_bytes(&p, shard, map.a, "mine", 4);
-                (void)asked(&p, shard, (struct net_request){.op = NET_RFREE, .a = map.a});
+                memory_write(&p, shard, map.a, "mine", 4);
+                (void)memory_asked(&p, shard, (struct net_request){.op = NET_RFREE, .a = map.a});
             } else if (theirs) {
                 EXPECT_EQ(map.outcome, NET_REF_CONSUMED);
             }
-            (void)asked(&p, shard, (struct net_request){.op = NET_RFREE, .a = put.b});
+            (void)memory_asked(&p, shard, (struct net_request){.op = NET_RFREE, .a = put.b});
         }
-        leave(&p);
+        memory_leave(&p);
     }
     return NULL;
 }
 
 static void processes_that_come_and_go_leave_nothing_behind(void) {
     pthread_t threads[THREADS];
-    start();
+    memory_start();
     for (uintptr_t i = 0; i < THREADS; i++)
         EXPECT_EQ(pthread_create(&threads[i], NULL, come_and_go, (void *)i), 0);
     for (int i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
-    expect_all_free();
-    stop();
+    memory_expect_all_free();
+    memory_stop();
 }
 
 static void a_call_whose_time_is_over_gives_back_what_it_got(void) {
     struct process p;
     static uint8_t into[PAGE];
-    start();
-    join(&p);
+    memory_start();
+    memory_join(&p);
     for (int i = 0; i < 200; i++) {
         /* Sent, and then nobody waits: whether it was carried out by then or not. */
         struct net_call *c = calloc(1, sizeof *c);
@@ -370,44 +206,44 @@ static void a_call_whose_time_is_over_gives_back_what_it_got(void) {
             if (c->request.op == NET_PUT)
                 give = (struct net_request){.op = NET_DROP_REF, .a = c->a, .b = PAGE};
             if (c->request.op != NET_STATS)
-                (void)asked(&p, 1, give);
+                (void)memory_asked(&p, 1, give);
         } else {
             net_link_abandon(p.links[1], c);
         }
         free(c);
     }
-    struct net_audit found = audit(&p, 1);
+    struct net_audit found = memory_audit(&p, 1);
     EXPECT_EQ(found.nr_ranges, 0);
     EXPECT_EQ(found.nr_refs, 0);
     EXPECT_EQ(found.nr_free, found.nr_pages);
-    leave(&p);
-    stop();
+    memory_leave(&p);
+    memory_stop();
 }
 
 static void strangers_are_let_in_with_the_secret_only(void) {
     struct net_welcome w;
     struct net_hello h = {
         .magic = NET_MAGIC, .version = NET_VERSION, .kind = NET_CONTROL, .token = 1};
-    start();
-    close(greeted(&h, &w));
+    memory_start();
+    close(memory_greeted(&h, &w));
     EXPECT_EQ(w.status, NET_DENIED);
     for (uint32_t i = 0; i < NET_SECRET_BYTES; i++) {
-        memcpy(h.secret, secret, sizeof secret);
+        memcpy(h.secret, memory_secret, sizeof memory_secret);
         h.secret[i] ^= 1;
-        close(greeted(&h, &w));
+        close(memory_greeted(&h, &w));
         EXPECT_EQ(w.status, NET_DENIED);
         EXPECT_EQ(w.pid, 0);
     }
-    memcpy(h.secret, secret, sizeof secret);
+    memcpy(h.secret, memory_secret, sizeof memory_secret);
     h.version++;
-    close(greeted(&h, &w));
+    close(memory_greeted(&h, &w));
     EXPECT_EQ(w.status, NET_OTHER_VERSION);
     h.version = NET_VERSION;
     h.kind = NET_DATA;
     h.pid = 12345;
-    close(greeted(&h, &w));
+    close(memory_greeted(&h, &w));
     EXPECT_EQ(w.status, NET_NO_PROCESS);
-    stop();
+    memory_stop();
 }
 
 int main(void) {

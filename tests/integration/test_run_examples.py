@@ -111,6 +111,68 @@ def test_by_value_pictures_are_sent_four_times_and_by_reference_not_at_all(start
         assert all(float(cell.split()[0]) == 0 for cell in row_of(run, name))
 
 
+@pytest.mark.parametrize("mode", ["fresh", "pre-shared"])
+def test_pictures_go_to_a_memory_server_and_every_page_comes_back(start, tmp_path, mode):
+    run = start(
+        *ROOM, "--memory-servers", "1", "--memory-size", "64M", "--", *FEW, "--bad-share", "0",
+        "--variants", "value,net", "--mode", mode, "--out", str(tmp_path),
+    )  # fmt: skip
+    assert run.end() == 0, run.output
+    assert "pages of the memory servers are free, and no Ref is alive" in run.output
+    by_value, by_reference = map(in_bytes, row_of(run, "bytes through transports"))
+    assert by_value > 4 * 261_990 > 20 * by_reference
+    if mode == "fresh":
+        placed = [in_bytes(cell) for cell in row_of(run, "bytes placed in DM")]
+        assert placed[0] == 0
+        assert 261_990 * 0.999 < placed[1] < 261_990 * 1.001
+    assert all(cell.endswith("ms") for cell in row_of(run, "memory-0"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--", "--variants", "value,net"], "give --memory-servers 1, before the --"),
+        (["--memory-servers", "1", "--", "--variants", "net,cxl"], "run them one after the other"),
+        (["--", "--variants", "value,nothing"], "nothing: use some of value, cxl, cxl-copy, net, store"),
+        (["--", "--bad-share", "2"], "'2': a number, 0 or more, less than 1"),
+        (["--", "--rounds", "-1"], "'-1': a number, 0 or more"),
+        (["--", "--check-every", "x"], "'x': a number, 0 or more"),
+        (["--", "--window", "65"], "'65': a number, 1 or more, less than 65"),
+        (["--", "--pictures", "0"], "'0': a number, 1 or more"),
+        (["--", "--out", "/proc/nowhere"], "/proc/nowhere: "),
+        (["--", "--pictures-from", "/nowhere"], "/nowhere is no folder"),
+    ],
+)  # fmt: skip
+def test_what_the_demonstration_cannot_do_is_refused_before_anything_is_measured(
+    start, arguments, says
+):
+    run = start(*SMALL, "--grace", "0", *arguments)
+    assert run.end() != 0, run.output
+    assert says in " ".join(run.output.split()), run.output
+    assert "Traceback" not in run.output
+
+
+def test_photographs_of_ones_own_are_processed_and_shown(start, tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    Image.new("RGB", (300, 200), "teal").save(folder / "sea.jpg")
+    Image.new("L", (200, 300), 90).save(folder / "stone.png")
+    (folder / "notes.txt").write_text("no photograph")
+    Image.new("RGB", (4, 4)).save(folder / "tiny.png")
+    run = start(*ROOM, "--", *FEW, "--pictures-from", str(folder), "--out", str(tmp_path / "out"))
+    assert run.end() == 0, run.output
+    assert "warning: notes.txt is left out" in run.output
+    assert "warning: tiny.png is left out: 4 x 4 pixels" in run.output
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    kinds = [picture.partition(";")[0] for picture in page.pictures]
+    assert kinds.count("data:image/png") == 2  # before
+    assert "sea.jpg" in text
+    assert "stone.png" in text
+
+
 def test_the_report_is_a_page_that_needs_nothing_else(start, tmp_path):
     from PIL import Image
 

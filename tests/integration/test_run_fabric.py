@@ -90,6 +90,21 @@ def test_no_line_of_programs_that_write_at_once_is_lost_or_torn(start, program):
         assert run.lines_of(name) == expected
 
 
+def test_hosts_that_emulate_a_slower_device_say_how_well(start, program):
+    text = """
+        from dmrpc_cxl.fabric.place import attach
+        with attach() as host:
+            print(round(host.latency.extra_ns))
+    """
+    run = start(*SMALL, "--latency", "+190ns", "--program", program(text))
+    assert run.end() == 0, run.output
+    said, extra = run.lines_of("host-1")
+    assert re.fullmatch(
+        r"latency \+190ns emulated: 190 ns more for a line .*; error [+-]\d+\.\d%", said
+    )
+    assert extra == "190"
+
+
 def _layouts_of(start, program, *options):
     text = """
         import ctypes
