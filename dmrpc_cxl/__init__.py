@@ -26,6 +26,7 @@ from .errors import DmError
 if TYPE_CHECKING:
     from ._native import Buffer, Ref
     from .rpc import (
+        AnyRef,
         Call,
         CallFuture,
         Forwarder,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AnyRef",
     "Buffer",
     "Call",
     "CallFuture",

@@ -22,7 +22,7 @@ import numpy as np
 
 from dmrpc_cxl._native import Ref, Ring
 from dmrpc_cxl.fabric import device
-from dmrpc_cxl.rpc import current_call, frames, move
+from dmrpc_cxl.rpc import AnyRef, current_call, frames, move
 from dmrpc_cxl.rpc.channel import Channel, RingChannel, TcpChannel
 from dmrpc_cxl.rpc.frames import Frame, Hello, Kind
 from tests.fabrics import At, Fabric
@@ -31,6 +31,14 @@ from tests.standing import until
 PATIENCE = 20.0  # seconds until something counts as not coming
 THRESHOLD = 16 << 10  # bytes from which things go by Ref, so that tests need not guess
 LARGE = 64 << 10
+
+
+@dataclasses.dataclass
+class Slip:
+    """A dataclass with a Ref in it, of either memory."""
+
+    ref: AnyRef
+    name: str = ""
 
 
 @dataclasses.dataclass
@@ -102,6 +110,9 @@ class Depot:
 
     def take(self, ref: Ref) -> int:
         return ref.nbytes
+
+    def signed(self, slip: Slip) -> Slip:
+        return Slip(slip.ref, f"{slip.name}, signed")
 
     def give(self, n: int) -> Ref:
         return self._at.host.create_ref(self._at.host.ralloc(n), move=True)

@@ -26,11 +26,13 @@ from .client import Client, Outbound
 from .forwarder import Forwarder
 from .host import Host
 from .marshal import Moved, move, pass_on
+from .ownership import AnyRef
 from .passing import Passing
 from .server import Server
 from .sync import CallFuture, first_done
 
 __all__ = [
+    "AnyRef",
     "Call",
     "CallFuture",
     "Client",

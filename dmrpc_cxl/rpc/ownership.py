@@ -53,7 +53,10 @@ class _AnyRefType(type):
 
 
 class AnyRef(metaclass=_AnyRefType):
-    """What methods get whose parameters are annotated with Ref: one of either memory."""
+    """A Ref of either memory, the pool or memory servers: for annotations of fields, where Ref means the pool's.
+
+    A parameter that is annotated with Ref takes either as well.
+    """
 
 
 class Moved:

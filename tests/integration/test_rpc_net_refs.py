@@ -24,6 +24,7 @@ from tests.integration.test_rpc_refs import (
     forward,
     ignore,
     outcomes,
+    refs_in_fields,
     start_to_stop,
     stop_forwarder,
     stopped,
@@ -337,6 +338,12 @@ def refs_as_values(at: At) -> None:
     buffer = at.host.map_ref(ref)
     assert buffer.numpy().sum() == 0
     assert buffer.nbytes == LARGE
+
+
+def test_a_ref_in_a_field_of_a_dataclass_is_one_of_either_memory(pair: Pair) -> None:
+    both, _, client = pair
+    client.call(refs_in_fields)
+    both.nothing_in_use()
 
 
 def test_a_ref_is_a_value_as_well(pair: Pair) -> None:

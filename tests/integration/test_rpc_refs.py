@@ -29,6 +29,7 @@ from tests.fabrics import At, Fabric, HostProcess
 from tests.rpc_peers import (
     LARGE,
     RawClient,
+    Slip,
     connect,
     connections_reach,
     count_reaches,
@@ -578,3 +579,19 @@ def close_next(at: At) -> None:
 
 def stats(at: At) -> dict[str, int]:
     return at.host.stats()
+
+
+def refs_in_fields(at: At) -> None:
+    array = at.host.array(np.arange(LARGE, dtype="u1"))
+    slip: Any = at.depot.signed(Slip(at.host.create_ref(array), "me"))
+    assert slip["name"] == "me, signed"
+    back = at.host.map_ref(slip["ref"]).numpy()
+    assert (back == np.asarray(array)).all()
+    with pytest.raises(WrongArguments, match="AnyRef"):
+        at.depot.signed({"ref": 5, "name": "me"})
+
+
+def test_a_ref_in_a_field_of_a_dataclass_may_be_one_of_either_memory(pair: Pair) -> None:
+    fabric, _, client = pair
+    client.call(refs_in_fields)
+    fabric.wait_until(lambda audit: not audit["live_refs"])
