@@ -198,8 +198,8 @@ cdef class Call:
         raise TypeError("a call is made by an operation of a client, a pipeline or aio")
 
     def __dealloc__(self):
-        if self.started and not net_call_done(&self.c) and self.link.l.owner == getpid():
-            net_link_abandon(self.link.l, &self.c)
+        if self.started and not self.taken and self.link.l.owner == getpid():
+            self.discard()
         if self.viewing:
             PyBuffer_Release(&self.view)
 
@@ -267,6 +267,28 @@ cdef class Call:
             with nogil:
                 net_link_abandon(self.link.l, &self.c)
 
+    cdef void discard(self) noexcept:
+        """Let go of a call whose result nobody will take: if it was answered already, what the answer gave is given back."""
+        cdef net_op op = <net_op>self.c.request.op
+        self.abandon()
+        if self.taken or not self.started or self.c.outcome:
+            return
+        self.taken = True
+        if op == NET_ACCEPT_REF and not self.c.request.flags & NET_ANEW:
+            self.ref.link = self.link
+            self.ref.ours = True
+            return
+        if self.ref is not None:
+            self.ref.spent = True
+        if op == NET_RALLOC or op == NET_MAP_REF:
+            self.link.post(NET_RFREE, self.c.a, 0)
+        elif op == NET_PUT:
+            self.link.post(NET_DROP_REF, self.c.a, self.c.request.payload)
+            if self.c.request.flags & NET_KEEP:
+                self.link.post(NET_RFREE, self.c.b, 0)
+        elif op == NET_CREATE_REF or op == NET_CLONE_REF or op == NET_ACCEPT_REF:
+            self.link.post(NET_DROP_REF, self.c.a, self.c.request.b)
+
     cdef int take(self) except -1:
         """Make a value or an error of what came."""
         if self.taken:
@@ -331,8 +353,8 @@ cdef class Call:
         return net_link_state(self.link.l)
 
     def give_up(self):
-        """Let it go: its answer is thrown away."""
-        self.abandon()
+        """Let it go: its answer is thrown away, and what that gave is given back."""
+        self.discard()
 
     @property
     def lane(self):

@@ -118,7 +118,6 @@ class Aio(Deferred):
         future = lane.waiting.get(call)
         if future is not None and not future.done():
             del lane.waiting[call]
-            call.give_up()
             try:
                 future.set_result(call.result(0))  # it may have come at the last moment
             except BaseException as error:
@@ -184,7 +183,8 @@ class Aio(Deferred):
             if not call.done():
                 break
             del lane.waiting[call]
-            if future.done():
+            if future.done():  # cancelled, and not yet forgotten
+                call.give_up()
                 continue
             try:
                 future.set_result(call.result(0))

@@ -99,9 +99,9 @@ class Client(_native.Client):
             raise
         rota = [
             (server.number, shard)
-            for shard in range(max(self._about(server).nr_shards for server in self._servers))
+            for shard in range(max(map(self._shards_to_try, self._servers)))
             for server in self._servers
-            if shard < self._about(server).nr_shards
+            if shard < self._shards_to_try(server)
         ]
         self.set_rota(rota, random.randrange(len(rota)))
 
@@ -112,12 +112,21 @@ class Client(_native.Client):
         for _ in range(PID_TRIES):
             try:
                 for server in self._servers:
-                    self._join(server, until)
+                    self._join_if_there(server, until)
                 return
             except PidTaken:
                 self._hang_up()
                 self.pid = 0
         raise PidTaken("other processes have every id that server 0 gave; is it one of this group?")
+
+    def _join_if_there(self, server: _Server, until: float) -> None:
+        """Join a server; one that is down may come later, but for server 0, who gives process ids."""
+        try:
+            self._join(server, until)
+        except ServerLost:
+            if server.number == 0:
+                raise
+            server.retry_at = time.monotonic() + server.pause
 
     def _join(self, server: _Server, until: float) -> None:
         """Open a server's control connection."""
@@ -200,8 +209,17 @@ class Client(_native.Client):
     # ---------------------------------------------------------------- links
 
     def _about(self, server: _Server) -> Welcome:
+        if server.welcome is None:  # it was down when this client began
+            until = time.monotonic() + LONGEST_PAUSE
+            with server.locked(until):
+                if server.control is None:
+                    self._rejoin(server, until)
         assert server.welcome is not None
         return server.welcome
+
+    @staticmethod
+    def _shards_to_try(server: _Server) -> int:
+        return server.welcome.nr_shards if server.welcome is not None else 1
 
     def open_link(self, server: int, shard: int, deadline_ns: int) -> Link | None:
         """Connect to a shard; None: there is no such shard."""
@@ -312,6 +330,11 @@ class Client(_native.Client):
 
     # ---------------------------------------------------------------- for who reads beside this client
 
+    def is_joined(self, server: int) -> bool:
+        """Tell whether this process is known at a server, as far as can be seen without asking."""
+        control = self._servers[server].control
+        return control is not None and not self._control_ended(control)
+
     def session_of(self, server: int) -> int:
         """Return how often this process has begun anew at a server."""
         return self._servers[server].session if server < len(self._servers) else -1
@@ -416,8 +439,10 @@ def attach(
         deadline: seconds that a call may take, unless it says otherwise.
         connect_within: seconds for all servers together to answer now.
 
+    A server that cannot be reached is used as soon as it is there; the first one has to be.
+
     Raises:
-        ServerLost: one of them cannot be reached.
+        ServerLost: the first one cannot be reached.
         AccessDenied: the secret is another.
         NoHostSlot: a server has as many clients as it takes.
     """

@@ -145,7 +145,15 @@ def greet(
         raise Forgotten("the memory server has let this process go")
     if status:
         raise error_of(status, "attach")
-    return Welcome(**fields)
+    welcome = Welcome(**fields)
+    if not (
+        0 < welcome.nr_shards <= WIRE["max_shards"]
+        and welcome.page_size > 0
+        and welcome.slice_bytes > 0
+        and welcome.max_outstanding > 0
+    ):
+        raise RemoteProtocolError("what answers there says of itself what no memory server does")
+    return welcome
 
 
 def sockaddr_of(sock: socket.socket) -> bytes:

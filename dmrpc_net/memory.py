@@ -26,6 +26,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import time
 import weakref
 from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias, get_args
@@ -46,6 +47,7 @@ MARK = b"\0DmRNet\1"  # no fabric has this id
 TOKEN = struct.Struct("<8s8s24s")
 TOKEN_BYTES = TOKEN.size
 _QUICK_SECONDS = 1.0  # for what is only tidying up
+_ROUTE_PAUSE = 1.0  # seconds until a way for the pager is looked for again
 
 
 def is_token(raw: bytes) -> bool:
@@ -81,6 +83,9 @@ class Memory:
         self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
         self._reader: Client | None = None  # the pager's process at the servers
         self._routes: set[tuple[int, int, int]] = set()
+        self._route_again: dict[
+            int, float
+        ] = {}  # when to look for a way to a server again; monotonic
         self._sent_once: weakref.WeakSet[Buffer] = weakref.WeakSet()
         self._pager: Pager | None = None
         self._secret = secret
@@ -166,7 +171,11 @@ class Memory:
             BadRef, RefConsumed: it is not to be had.
             ServerLost, DeadlineExceeded: nor is an answer.
         """
-        return self.show(self.take(token)) if self._pager is not None else self._got(token)
+        if self._pager is None or not self._way_to(
+            Ref.from_bytes(self.wire_of(token), self.client)
+        ):
+            return self._got(token)
+        return self.show(self.take(token))
 
     def _got(self, token: bytes) -> Buffer:
         wire = self.wire_of(token)
@@ -177,9 +186,8 @@ class Memory:
 
     def show(self, ref: Ref) -> Buffer:
         """Return a Buffer that shows what a Ref of this process has; the Ref is the Buffer's."""
-        if self._pager is None:
+        if self._pager is None or not self._way_to(ref):
             return self._got(self.token_of(ref))
-        self._way_to(ref)
         buffer = self.buffer(ref.nbytes)
         try:
             buffer.show(self._pager, ref, whole=self.fetch != "touched")
@@ -196,20 +204,32 @@ class Memory:
         if not buffer.complete:
             buffer.supply(self.client.get(buffer.ref, keep=True))
 
-    def _way_to(self, ref: Ref) -> None:
-        """See to it that the pager can reach a Ref's shard."""
-        session = self.client.session_of(ref.server)
-        where = ref.server, ref.shard, session
-        if where in self._routes:
-            return
+    def _way_to(self, ref: Ref) -> bool:
+        """See to it that the pager can reach a Ref's shard. False: it cannot now, so bytes have to be fetched at once."""
+        server = ref.server
+        where = server, ref.shard, self.client.session_of(server)
+        reader = self._reader
+        if reader is not None and where in self._routes and reader.is_joined(server):
+            return True
+        if time.monotonic() < self._route_again.get(server, 0.0):
+            return False
         assert self._pager is not None
-        if self._reader is None:
-            self._reader = attach(
-                self.client.addresses, secret=self._secret, deadline=self.client.patience
-            )
-        address, hello = self._reader.introduction(ref.server, ref.shard)
-        self._pager.route(ref.server, address, hello)
+        try:
+            if reader is None:
+                reader = self._reader = attach(
+                    self.client.addresses, secret=self._secret, deadline=self.client.patience
+                )
+            address, hello = reader.introduction(server, ref.shard)
+            self._pager.route(server, address, hello)
+        except (
+            DmError,
+            OSError,
+        ):  # the server takes no more clients, or has just gone: the Ref is whole
+            self._route_again[server] = time.monotonic() + _ROUTE_PAUSE
+            return False
+        self._routes = {one for one in self._routes if one[0] != server or one[2] == where[2]}
         self._routes.add(where)
+        return True
 
     # ---------------------------------------------------------------- sending
 

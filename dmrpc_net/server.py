@@ -7,11 +7,13 @@ import errno
 import ipaddress
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
 import stat
 import sys
+import tempfile
 
 import click
 
@@ -25,6 +27,7 @@ from .greeting import SECRET_BYTES, Address, parse_address, show_address
 log = logging.getLogger("dmrpc.net")
 
 BACKLOG = 512
+SPARE_DESCRIPTORS = 300  # beside those of clients: strangers, listeners, logs
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -96,15 +99,36 @@ def address_of(listener: socket.socket) -> str:
 
 
 def secret_at(path: str) -> bytes:
-    """Read the secret of a file, which is made if there is none."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
+    """Read the secret of a file, which is made if there is none: whole, or not at all, whoever else is at it."""
+    if os.path.lexists(path):
         return read_secret(path)
-    with os.fdopen(fd, "w", encoding="ascii") as file:
-        secret = secrets.token_bytes(SECRET_BYTES)
-        file.write(secret.hex() + "\n")
+    secret = secrets.token_bytes(SECRET_BYTES)
+    fd, made = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".secret-")  # mode 0600
+    try:
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(secret.hex() + "\n")
+        os.link(made, path)
+    except FileExistsError:  # somebody was faster
+        return read_secret(path)
+    finally:
+        os.unlink(made)
     return secret
+
+
+def make_room_for_descriptors(clients: int, shards: int) -> str:
+    """Raise the limit of open files as far as that many clients may need and we may go; say so if that is not far enough."""
+    wanted = clients * (1 + shards) + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = resource.RLIM_INFINITY
+    if soft != endless and soft < wanted:
+        soft = wanted if hard == endless else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == endless or soft >= wanted:
+        return ""
+    return (
+        f"{soft} open files are allowed (ulimit -Hn), enough for {(soft - SPARE_DESCRIPTORS) // (1 + shards)} clients; "
+        f"--max-clients {clients} needs {wanted}"
+    )
 
 
 def describe(server: Server, pool: int, shards: int) -> str:
@@ -249,6 +273,8 @@ def main(
         stream=sys.stderr,
     )
     shards = shards or len(os.sched_getaffinity(0))
+    if told := make_room_for_descriptors(max_clients, shards):
+        log.warning("%s", told)
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         listeners = [listen(parse_address(text), anywhere=anywhere) for text in where]
