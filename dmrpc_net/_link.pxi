@@ -513,11 +513,17 @@ cdef class Operations:
 
     # Which link
 
+    cdef Link link_to(self, uint64_t server, uint64_t shard, Call call, object kind):
+        return self.client.link_of(server, shard, call, kind)
+
+    cdef Link link_anywhere(self, Call call):
+        return self.client.next_link(call)
+
     cdef Call at_address(self, net_op op, str operation, address, timeout):
         cdef uint64_t a = _u64(address, operation, _cxl.BadAddress)
         cdef Client client = self.client
         cdef Call call = client.new_call(op, operation, timeout)
-        call.link = client.link_of(
+        call.link = self.link_to(
             net_address_server(a), net_address_shard(a), call, _cxl.BadAddress
         )
         call.c.request.a = a
@@ -529,7 +535,7 @@ cdef class Operations:
         if r.spent:
             raise _cxl.RefConsumed(f"{operation}: this Ref was mapped or dropped before")
         cdef Call call = client.new_call(op, operation, timeout)
-        call.link = client.link_of(r.w.server, r.w.shard, call, _cxl.BadRef)
+        call.link = self.link_to(r.w.server, r.w.shard, call, _cxl.BadRef)
         if r.w.length > call.link.slice_bytes:
             raise _cxl.BadRef(f"{operation}: a Ref of {r.w.length} bytes, more than its shard has")
         call.c.request.a = r.w.key
@@ -541,9 +547,9 @@ cdef class Operations:
         cdef Client client = self.client
         cdef Call call = client.new_call(op, operation, timeout)
         if server is None:
-            call.link = client.next_link(call)
+            call.link = self.link_anywhere(call)
         else:
-            call.link = client.link_of(server, 0 if shard is None else shard, call, _cxl.BadAddress)
+            call.link = self.link_to(server, 0 if shard is None else shard, call, _cxl.BadAddress)
         return call
 
     # Ranges
@@ -895,13 +901,17 @@ cdef class Client(Operations):
 
     cdef Link link_of(self, uint64_t server, uint64_t shard, Call call, object kind):
         """The link to a shard, opened if need be within the time that the call has."""
-        cdef uint64_t place = server * NET_MAX_SHARDS + shard
-        link = self.links[place] if shard < NET_MAX_SHARDS and place < <uint64_t>len(self.links) else None
+        link = self.known_link(server, shard)
         if link is None:
             link = self.open_link(server, shard, call.deadline)
             if link is None:
                 raise kind(f"{call.operation}: there is no shard {shard} on a server {server}")
         return <Link>link
+
+    cdef object known_link(self, uint64_t server, uint64_t shard):
+        """The link to a shard, None if there is none yet."""
+        cdef uint64_t place = server * NET_MAX_SHARDS + shard
+        return self.links[place] if shard < NET_MAX_SHARDS and place < <uint64_t>len(self.links) else None
 
     cdef Link next_link(self, Call call):
         """The next of those that take turns, and that is there."""
@@ -1029,14 +1039,55 @@ cdef class Pipeline(Operations):
         return call
 
 
+class NotOpen(Exception):
+    """A Deferred would have to wait for a connection first: to (server, shard), until a time in ns."""
+
+
 cdef class Deferred(Operations):
-    """Calls that a Python object sends: `launch(call)` says what becomes of each."""
+    """Calls that a Python object sends: `launch(call)` says what becomes of each. Making them does not wait.
+
+    Attributes:
+        queued: places to which calls wait already, so that others have to wait behind them.
+        failed: while a call is made again: what came of opening connections, by place; None while it is made for the first time.
+    """
 
     cdef object launch
+    cdef public object queued
+    cdef public dict failed
 
     def __init__(self, Client client, launch):
         self.client = client
         self.launch = launch
+        self.queued = {}
 
     cdef object dispatch(self, Call call):
         return self.launch(call)
+
+    cdef Link link_to(self, uint64_t server, uint64_t shard, Call call, object kind):
+        cdef object link = self.client.known_link(server, shard)
+        cdef object place = (server, shard)
+        if self.failed is None:
+            if link is None or place in self.queued:
+                raise NotOpen(place, call.deadline)
+        elif link is None:
+            if place not in self.failed:
+                raise NotOpen(place, call.deadline)
+            if self.failed[place] is None:
+                raise kind(f"{call.operation}: there is no shard {shard} on a server {server}")
+            raise self.failed[place]
+        return <Link>link
+
+    cdef Link link_anywhere(self, Call call):
+        cdef Client client = self.client
+        cdef object last = None
+        for _ in range(len(client.rota)):
+            place = client.rota[client.turn % <uint64_t>len(client.rota)]
+            try:
+                link = self.link_to(place[0], place[1], call, _cxl.BadAddress)
+            except (_errors.ServerLost, _cxl.BadAddress) as error:
+                last = error
+                client.turn += 1
+                continue
+            client.turn += 1
+            return link
+        raise last if last is not None else _errors.ServerLost(f"{call.operation}: there is no server")

@@ -281,9 +281,14 @@ class Pipeline(Operations):
         self, server: int = 0, shard: int = 0, *, timeout: float | None = None
     ) -> Call[dict[str, int]]: ...
 
+class NotOpen(Exception):
+    """A Deferred would have to wait for a connection first; args: (server, shard), time in ns."""
+
 class Deferred(Operations):
     """Calls that a Python object sends: launch(call) says what becomes of each, and is what they return."""
 
+    queued: dict[tuple[int, int], int]
+    failed: dict[tuple[int, int], BaseException | None] | None
     def __init__(self, client: Client, launch: Callable[[Call[Any]], Any]) -> None: ...
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dmrpc_cxl.errors import DeadlineExceeded, MisuseError
+from dmrpc_cxl.errors import DeadlineExceeded, DmError, MisuseError
 
-from ._native import OUTCOME_BROKEN, Call, Deferred, Link
+from ._native import OUTCOME_BROKEN, Call, Deferred, Link, NotOpen
 
 if TYPE_CHECKING:
     from .client import Client
@@ -69,14 +70,89 @@ class _Known:
         return future
 
 
+class _Opening:
+    """A call to a shard that there is no connection to yet: a thread opens one, and then the call is made.
+
+    Calls to that shard that are made meanwhile wait behind it, so all are sent in the order in which they were made.
+    """
+
+    def __init__(self, aio: Aio, make: Callable[[dict[str, Any]], Any], why: NotOpen) -> None:
+        self._aio, self._make = aio, make
+        self._place, self._deadline_ns = why.args
+        self._waiting = False
+
+    def _wait_at(self, place: tuple[int, int]) -> None:
+        queued = self._aio.queued
+        queued[place] = queued.get(place, 0) + 1
+        self._place, self._waiting = place, True
+
+    def _leave(self) -> None:
+        queued, place = self._aio.queued, self._place
+        if self._waiting:
+            self._waiting = False
+            queued[place] -= 1
+            if not queued[place]:
+                del queued[place]
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.start().__await__()
+
+    def start(self) -> asyncio.Future[Any]:
+        """See to it that it is sent; return what to await."""
+        self._wait_at(self._place)
+        task = self._aio.loop.create_task(self._go())
+        task.add_done_callback(lambda _: self._leave())  # it may be cancelled before it begins
+        return task
+
+    async def _go(self) -> Any:
+        failed: dict[tuple[int, int], BaseException | None] = {}
+        while True:
+            failed[self._place] = error = await self._aio.open(self._place, self._deadline_ns)
+            left = self._deadline_ns / 1e9 - time.monotonic()
+            if isinstance(error, DeadlineExceeded) and left > 0:
+                continue  # it was another call's deadline
+            self._aio.failed = failed
+            try:
+                sent: asyncio.Future[Any] = self._make({"timeout": max(left, 0.0)}).start()
+            except NotOpen as why:
+                self._leave()
+                self._wait_at(why.args[0])
+                continue
+            finally:
+                self._aio.failed = None
+            self._leave()  # those behind it may be sent
+            return await sent
+
+
+_CALLS = (
+    "ralloc", "rfree", "rread", "read", "rwrite", "create_ref", "map_ref", "accept_ref", "clone_ref", "drop_ref", "ref_is_held",
+    "put", "get", "ping", "shard_stats", "shard_audit",
+)  # fmt: skip
+
+
+def _never_waiting(name: str) -> Callable[..., Any]:
+    """Return a method like that of Deferred which returns an awaitable also when there is no connection yet."""
+    plain = getattr(Deferred, name)
+
+    @functools.wraps(plain)
+    def call(self: Aio, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return plain(self, *arguments, **keywords)
+        except NotOpen as why:
+            return _Opening(self, lambda more: plain(self, *arguments, **{**keywords, **more}), why)
+
+    return call
+
+
 class Aio(Deferred):
-    """A client's calls as awaitables, in one event loop."""
+    """A client's calls as awaitables, in one event loop. None of them waits before it is awaited."""
 
     def __init__(self, client: Client) -> None:
         """Tie them to the event loop that runs."""
         super().__init__(client, self._prepared)
-        self._loop = asyncio.get_running_loop()
+        self._loop = self.loop = asyncio.get_running_loop()
         self._lanes: dict[Link, _Lane] = {}
+        self._openings: dict[tuple[int, int], asyncio.Task[BaseException | None]] = {}
 
     def _prepared(self, call: Call[Any]) -> _Awaitable:
         return _Awaitable(self, call)
@@ -86,6 +162,20 @@ class Aio(Deferred):
         return _Known(value)
 
     # ---------------------------------------------------------------- calls
+
+    async def open(self, place: tuple[int, int], deadline_ns: int) -> BaseException | None:
+        """Have a thread connect to a shard; return what went wrong. None: nothing, or there is no such shard."""
+        task = self._openings.get(place)
+        if task is None or task.done():
+            task = self._openings[place] = self._loop.create_task(self._open(place, deadline_ns))
+        return await asyncio.shield(task)
+
+    async def _open(self, place: tuple[int, int], deadline_ns: int) -> BaseException | None:
+        try:
+            await self._loop.run_in_executor(None, self.client.open_link, *place, deadline_ns)
+        except (DmError, OSError) as error:
+            return error
+        return None
 
     def launch(self, call: Call[Any]) -> asyncio.Future[Any]:
         """Send a call; return a future of its result."""
@@ -234,3 +324,7 @@ class Aio(Deferred):
             self._loop.remove_reader(lane.bell)
             self._hand_out(lane)
         self._lanes.clear()
+
+
+for _name in _CALLS:
+    setattr(Aio, _name, _never_waiting(_name))

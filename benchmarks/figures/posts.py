@@ -7,8 +7,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from dmrpc_net.host import NetHost
-
 from .blocks import Block
 
 PACKAGE = "examples.social_network"
@@ -16,7 +14,6 @@ REQUESTS = 2000
 WINDOW = 8
 WAYS = {"net": "cxl"}
 """How a variant is called in examples/social_network, where hosts over memory servers run the same programs."""
-NOT_AT_SERVERS = ("cxl-posts",)  # Refs in fields of messages are the pool's
 
 _processes: list[Any] = []
 _numbers = itertools.count(1)
@@ -56,8 +53,7 @@ def fill_network(host: Any, profile: str, users: int) -> int:
     writer = profiles.Writer(profiles.PROFILES[profile], users)
     edges = graph.part_of(graph.default(), users)
     nr_posts = fill.fill(host, edges, users, writer)
-    left_out = NOT_AT_SERVERS if isinstance(host, NetHost) else ()
-    generators = {name: load.Generator(host, name) for name in ways if name not in left_out}
+    generators = {name: load.Generator(host, name) for name in ways}
     client: Any = host.connect("post-storage", storage.PostStorage)
     with client as posts:
         checks.check_all(host, generators, writer, posts, range(3))

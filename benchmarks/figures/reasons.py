@@ -101,7 +101,7 @@ def _fig08(points: Points) -> Reasons:
         )
     told.append(
         "As shipped, a store to the page behind the one that was stored to before is taken for the beginning of a loop, and 8, then 256 "
-        "pages are copied at once (docs/decisions/0004): so `cxl` copies more frames than are written where the stores go in order and "
+        "pages are copied at once (decision 0004): so `cxl` copies more frames than are written where the stores go in order and "
         "then stop. `copy_around=1` copies exactly what is written, a fault for each page."
     )
     told.append(

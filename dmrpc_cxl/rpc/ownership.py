@@ -19,7 +19,7 @@ import dataclasses
 import gc
 import sys
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -52,11 +52,15 @@ class _AnyRefType(type):
         return isinstance(value, Buffers.refs)
 
 
-class AnyRef(metaclass=_AnyRefType):
-    """A Ref of either memory, the pool or memory servers: for annotations of fields, where Ref means the pool's.
+if TYPE_CHECKING:
+    AnyRef: TypeAlias = Ref  # those of memory servers are used in the same way
+else:
 
-    A parameter that is annotated with Ref takes either as well.
-    """
+    class AnyRef(metaclass=_AnyRefType):
+        """A Ref of either memory, the pool or memory servers: for annotations of fields, where Ref means the pool's.
+
+        A parameter that is annotated with Ref takes either as well.
+        """
 
 
 class Moved:

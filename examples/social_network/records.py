@@ -123,7 +123,7 @@ class Reply(msgspec.Struct, array_like=True):
 
     req_id: int
     posts: Bytes | None = None
-    each: list[dmrpc_cxl.Ref] = []
+    each: list[dmrpc_cxl.AnyRef] = []
 
 
 class Compose(msgspec.Struct, array_like=True):

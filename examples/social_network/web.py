@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 import dmrpc_cxl
 from dmrpc_cxl.errors import DeadlineExceeded, DmError, WrongArguments
@@ -53,6 +55,7 @@ from .variants import VARIANTS
 PORT = 8080
 MAX_BODY = 1 << 20
 _I64 = 1 << 63
+_NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
 _STATUS: dict[type[Exception], int] = {BadRequest: 400, Unknown: 404, Taken: 409, Unavailable: 503}
 
 
@@ -98,6 +101,14 @@ def json_of(posts: list[Post]) -> bytes:
     )
 
 
+def _number(name: str, text: str) -> int:
+    """Return a number of 64 bits; raise BadRequest if the text is none, or is written as only Python writes numbers."""
+    number = int(text) if _NUMBER.fullmatch(text) else _I64
+    if not -_I64 <= number < _I64:
+        raise BadRequest(f"{name}: {text[:30]!r} is no number")
+    return number
+
+
 class _Fields:
     """The parameters of a request."""
 
@@ -114,13 +125,7 @@ class _Fields:
     def number(self, name: str, default: str | None = None) -> int:
         """Return one that is a number of 64 bits."""
         value = self.text(name, default)
-        try:
-            number = int(value)
-        except ValueError:
-            number = _I64
-        if not -_I64 <= number < _I64:
-            raise BadRequest(f"{name}: {value[:30]!r} is no number")
-        return number
+        return _number(name, value)
 
     def strings(self, name: str) -> list[str]:
         """Return one that is a JSON list of strings; missing: none."""
@@ -134,11 +139,11 @@ class _Fields:
 def _compose(fields: _Fields) -> Compose:
     ids, types = fields.strings("media_ids"), fields.strings("media_types")
     try:
-        numbers = [int(one) for one in ids]
+        numbers = [_number("media_ids", one) for one in ids]
         kind = PostType(fields.number("post_type", "0"))
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    if any(not 0 <= number < _I64 for number in numbers):
+    if any(number < 0 for number in numbers):
         raise BadRequest("media_ids: a number has more than 63 bits")
     return Compose(
         fields.text("username"), fields.number("user_id"), fields.text("text"), numbers, types, kind
@@ -254,7 +259,12 @@ class Web:
     ) -> web.RouteDef:
         async def answer(request: web.Request) -> web.Response:
             asked = self._request(kind)
-            asked.body = encoded(read(_Fields(await request.post())))
+            try:
+                form = await request.post()
+            # Bytes, a charset, or parts that make no text.
+            except (ValueError, LookupError, HttpProcessingError) as error:
+                raise BadRequest(f"no form: {error}") from None
+            asked.body = encoded(read(_Fields(form)))
             await self._call(asked)
             return web.Response(text=done)
 

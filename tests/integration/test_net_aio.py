@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 import dmrpc_net
-from dmrpc_cxl.errors import BadAddress, DeadlineExceeded, HostClosed, MisuseError
+from dmrpc_cxl.errors import BadAddress, DeadlineExceeded, HostClosed, MisuseError, RefConsumed
 from dmrpc_net import ServerLost
 from tests.net_proxy import between
 from tests.net_servers import Servers, StandingServers, serving
@@ -187,6 +188,99 @@ def test_a_cancelled_call_leaves_nothing_behind(client, servers):
     asyncio.run(main())
     found = client.audit()
     assert (found["nr_ranges"], found["nr_refs"]) == (0, 0)
+
+
+@pytest.mark.parametrize("what", ["put", "ralloc", "clone_ref"])
+def test_a_call_that_is_cancelled_when_its_answer_is_there_gives_back_what_it_got(client, what):
+    address = client.ralloc(PAGE)
+    ref = client.create_ref(address, PAGE)
+    make = {
+        "put": lambda: client.aio.put(b"x" * 1000),
+        "ralloc": lambda: client.aio.ralloc(PAGE),
+        "clone_ref": lambda: client.aio.clone_ref(ref),
+    }[what]
+
+    async def main() -> None:
+        for shard in (0, 1):
+            await client.aio.ping(0, shard)
+        for _ in range(20):
+            call = make().start()
+            for shard in (0, 1):
+                client.ping(0, shard)  # a thread reads the answer; the loop has not heard of it
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+    asyncio.run(main())
+    client.drop_ref(ref)
+    client.rfree(address)
+    found = client.audit()
+    assert (found["nr_ranges"], found["nr_refs"], found["in_use"]) == (0, 0, 0)
+
+
+def test_a_pipeline_that_an_error_ends_gives_back_what_was_answered(client):
+    with pytest.raises(KeyError), client.pipeline() as pipeline:
+        for _ in range(20):
+            pipeline.put(b"x" * 50, server=0, shard=0)
+            pipeline.ralloc(PAGE, server=0, shard=0)
+        pipeline.flush()
+        client.ping(0, 0)
+        raise KeyError
+    found = client.audit()
+    assert (found["nr_ranges"], found["nr_refs"]) == (0, 0)
+
+
+def test_the_loop_goes_on_while_a_first_call_waits_for_its_connection(servers):
+    client = servers.client(deadline=30)
+    longest = 0.0
+
+    async def main() -> None:
+        nonlocal longest
+        with servers.servers[0].paused():
+            calls = [client.aio.ping(0, 0).start(), client.aio.ralloc(PAGE).start()]
+            for _ in range(50):
+                before = time.monotonic()
+                await asyncio.sleep(0.01)
+                longest = max(longest, time.monotonic() - before)
+            assert not any(call.done() for call in calls)
+        _, address = await asyncio.gather(*calls)
+        await client.aio.rfree(address)
+        with pytest.raises(BadAddress, match="no shard 77"):
+            await client.aio.ping(0, 77)
+
+    asyncio.run(main())
+    assert longest < 5
+
+
+def test_calls_that_wait_for_a_connection_are_sent_in_the_order_in_which_they_were_made(servers):
+    maker = servers.client()
+
+    async def main(client: dmrpc_net.Client, wire: bytes) -> None:
+        calls = [client.aio.map_ref(wire).start() for _ in range(5)]  # the first one uses it up
+        first, *others = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(first, int)
+        assert all(isinstance(one, RefConsumed) for one in others), others
+        await client.aio.rfree(first)
+
+    for i in range(20):
+        ref = maker.put(bytes(PAGE), server=0, shard=i % 2)
+        with servers.client() as client:
+            asyncio.run(main(client, ref.to_bytes()))
+
+
+def test_a_first_call_that_is_cancelled_keeps_no_later_one_waiting(servers):
+    client = servers.client()
+
+    async def main() -> None:
+        first = client.aio.ping(0, 0).start()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        client.aio.ping(0, 1)  # and is not awaited
+        assert not client.aio.queued
+        await client.aio.ping(0, 0)
+
+    asyncio.run(main())
 
 
 def test_a_deadline_ends_an_awaited_call(client, servers):

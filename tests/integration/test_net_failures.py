@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from dmrpc_cxl.errors import (
     RemoteProtocolError,
 )
 from dmrpc_net import AnswerLost, ServerLost
+from dmrpc_net.memory import Memory
 from tests.net_proxy import Proxy, between
-from tests.net_servers import Servers, StandingServers, serving
+from tests.net_servers import ServerProcess, Servers, StandingServers, serving
 from tests.standing import until
 
 PAGE = 4096
@@ -374,6 +376,83 @@ def _has(client: dmrpc_net.Client, server: int) -> bool:
         return client.stats(server)["nr_ranges"] > 0
     except ServerLost:
         return False
+
+
+def test_a_client_may_begin_while_a_server_is_down_and_uses_it_when_it_is_back():
+    servers = Servers(count=2, shards=1)
+    try:
+        where = servers.servers[1].where
+        servers.servers[1].kill()
+        with dmrpc_net.attach(servers.addresses, secret=servers.secret, deadline=20) as client:
+            for _ in range(4):
+                client.rfree(client.ralloc(PAGE))
+            with pytest.raises(ServerLost, match=r"gone|reach"):
+                client.ralloc(PAGE, server=1)
+            servers.servers[1] = ServerProcess(
+                servers.secret, 1, where, ("--size", "8M", "--shards", "1")
+            )
+            until(lambda: _serves(client, 1))
+            client.rfree(client.ralloc(PAGE, server=1))
+        servers.servers[0].kill()
+        with pytest.raises(ServerLost, match="cannot reach"):
+            dmrpc_net.attach(servers.addresses, secret=servers.secret)
+    finally:
+        servers.end()
+
+
+def _serves(client: dmrpc_net.Client, server: int) -> bool:
+    try:
+        client.ping(server)
+    except ServerLost:
+        return False
+    return True
+
+
+def test_an_array_of_a_server_that_lives_is_had_although_another_has_died():
+    servers = Servers(count=2, shards=1)
+    try:
+        ours, theirs = (
+            Memory.attach(servers.addresses, secret=servers.secret, deadline=20) for _ in "ab"
+        )
+        token = ours.token_of(ours.client.put(b"x" * 100_000, server=0))
+        servers.servers[1].kill()
+        with memoryview(theirs.view(token)) as view:  # the first one that this process receives
+            assert view == b"x" * 100_000
+        for one in (ours, theirs):
+            one.close()
+    finally:
+        servers.end()
+
+
+def test_an_array_is_had_although_its_server_takes_no_more_clients():
+    with serving("--max-clients", "2", shards=1) as servers:
+        ours, theirs = (
+            Memory.attach(servers.addresses, secret=servers.secret, deadline=20) for _ in "ab"
+        )
+        for _ in range(2):  # the way for the pager would need a third
+            token = ours.token_of(ours.client.put(b"x" * 100_000))
+            with memoryview(theirs.view(token)) as view:
+                assert view == b"x" * 100_000
+        for one in (ours, theirs):
+            one.close()
+
+
+def test_what_is_received_after_the_way_of_the_pager_was_cut_is_had_by_another():
+    with serving(shards=1) as servers:
+        ours, theirs = (
+            Memory.attach(servers.addresses, secret=servers.secret, deadline=20) for _ in "ab"
+        )
+        for _ in range(3):
+            token = ours.token_of(ours.client.put(b"x" * 100_000))
+            with memoryview(theirs.view(token)) as view:
+                assert view == b"x" * 100_000
+            reader = theirs._reader
+            assert reader is not None
+            control = reader._servers[0].control
+            assert control is not None
+            control.shutdown(socket.SHUT_RDWR)
+        for one in (ours, theirs):
+            one.close()
 
 
 def test_a_ref_of_a_server_that_was_started_again_is_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import random
 import re
@@ -18,6 +19,7 @@ import dmrpc_net
 from dmrpc_cxl.errors import BadAddress, BadRef, BadSize, MisuseError, RefConsumed
 from dmrpc_net import Ref
 from dmrpc_net.greeting import parse_address, show_address
+from dmrpc_net.server import secret_at
 from tests.net_servers import Servers, StandingServers, serving
 
 PAGE = 4096
@@ -281,6 +283,36 @@ def test_a_server_makes_its_secret_for_its_own_user_only():
     with serving(shards=1) as servers:
         assert servers.secret.stat().st_mode & 0o777 == 0o600
         assert len(bytes.fromhex(servers.secret.read_text())) == 32
+
+
+def test_starters_of_servers_that_make_the_same_secret_at_once_agree(tmp_path: Path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for i in range(50):
+            path = str(tmp_path / f"secret-{i}")
+            found = {pool.submit(secret_at, path) for _ in range(8)}
+            assert len({one.result() for one in found}) == 1
+    assert len(list(tmp_path.iterdir())) == 50  # and nothing beside them
+
+
+def test_a_server_opens_as_many_files_as_its_clients_need_or_says_for_how_many_it_has_room():
+    program = """if True:
+        import resource, sys
+        from dmrpc_net.server import make_room_for_descriptors
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 4096))
+        told = make_room_for_descriptors(int(sys.argv[1]), 2)
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], told)
+    """
+
+    def said(clients: str) -> str:
+        command = [sys.executable, "-c", program, clients]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+    assert said("100").strip() == "1024"
+    assert said("1000").strip() == "3300"
+    assert "4096 open files are allowed" in said("2000")
+    assert "enough for 1265 clients" in said("2000")
 
 
 def test_a_server_listens_on_unix_sockets_as_well(tmp_path):

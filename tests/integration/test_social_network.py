@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import socket
 from collections.abc import Iterator
@@ -385,6 +386,9 @@ def test_bad_requests_are_told_from_those_that_failed(stage: Stage) -> None:
         ("POST", "user/follow", {"user_name": "username_1"}),
         ("GET", "home-timeline/read", {"user_id": "1", "start": "0"}),
         ("GET", "home-timeline/read", {"user_id": str(1 << 70), "start": "0", "stop": "1"}),
+        ("GET", "home-timeline/read", {"user_id": "1_0", "start": "0", "stop": "1"}),
+        ("GET", "home-timeline/read", {"user_id": "\uff11", "start": "0", "stop": "1"}),
+        ("POST", "post/compose", {**good, "media_ids": '["1_0"]'}),
     ]  # fmt: skip
     assert [status for status, _ in stage.http(*requests)] == [400] * len(requests)
     answers = stage.http(
@@ -396,6 +400,29 @@ def test_bad_requests_are_told_from_those_that_failed(stage: Stage) -> None:
     )
     assert [status for status, _ in answers] == [404, 200, 409, 404, 405]
     stage.drained()
+
+
+FORM = "application/x-www-form-urlencoded"
+PARTS = "multipart/form-data"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (FORM, b"username=\xff\xfe&user_id=1&text=\x80"),
+        (f"{FORM}; charset=nonsense", b"username=me"),
+        (f"{FORM}; charset=ascii", "username=\xe9".encode()),
+        (PARTS, b"--B\r\n"),
+        (f"{PARTS}; boundary=B", b"--B\r\nxx"),
+        (f"{PARTS}; boundary=B", b"--B\r\n\r\nhi\r\n--B--\r\n"),
+    ],
+)
+def test_a_body_that_is_no_form_is_a_bad_request(stage: Stage, kind: str, body: bytes) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", stage.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", "/wrk2-api/post/compose", body, {"Content-Type": kind})
+        answer = connection.getresponse()
+        assert (answer.status, b"Traceback" in answer.read()) == (400, False)
 
 
 # ---------------------------------------------------------------- deaths
