@@ -283,8 +283,8 @@ class Client(_native.Client):
                 except Forgotten:
                     self._lose(server)
                     return
-                except (DeadlineExceeded, OSError):
-                    pass  # refused, unreachable, cut: perhaps not for long
+                except (DeadlineExceeded, ServerLost, OSError):
+                    pass  # refused, unreachable, hung up on: perhaps not for long
                 if time.monotonic() + pause >= until:
                     raise DeadlineExceeded(
                         f"the connection to the memory server at {show_address(server.address)} "

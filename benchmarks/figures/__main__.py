@@ -143,6 +143,8 @@ def main(
     results = [
         json.loads(path.read_text()) for name in FIGURES if (path := out / f"{name}.json").exists()
     ]
+    for found in results:
+        found["remarks"] = list(getattr(module_of(found["figure"]), "REMARKS", ()))
     if replot:
         for found in results:
             plots.render(module_of(found["figure"]), found, out / f"{found['figure']}.png")

@@ -36,6 +36,12 @@ TITLE = "Fig 11: a social network"
 CLAIMS = (
     "3.1 x the request rate of by value, 2.5 x lower mean latency, lower tails at equal rates (over the network; with CXL it was not measured)",
 )
+REMARKS = (
+    "To fit into the time, points are short: half a second for each rate and round, no warm-up but the capacity blocks before them, four "
+    "rates, 200 of the graph's 962 users. So the 99th percentile of a round rests on a few to a dozen requests, and the highest rate held is "
+    "one of four: ratios of such rates go in steps, and one step is no difference. Capacities, CPU time and bytes are the firmer figures. "
+    "`make social` runs one profile over all users for as long as it is told to.",
+)
 VARIANTS = ("value", "net", "cxl")
 """To have another one measured: a class in examples/social_network/variants.py, and its name here."""
 BY_REF = ("net", "cxl")

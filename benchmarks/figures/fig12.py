@@ -161,7 +161,6 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
         "headline": headline(points, errors),
         "model_errors": errors,
         "tables": _tables(local, errors),
-        "remarks": list(REMARKS),
     }
 
 

@@ -5,8 +5,8 @@
  * looked at, in a time that does not depend on where it differs. Whoever is refused is told why and is gone, as is whoever says more
  * than it should.
  *
- * Strangers are few (max_strangers) and processes, too: when there is no room, new connections wait in the listener's
- * backlog, or are told that the server is full.
+ * Strangers are few (max_strangers) and processes, too: when there is no room, the strangers go that have been silent for
+ * longest, and processes are told that the server is full.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -307,14 +307,21 @@ static void let_in(struct net_front *f, int listener) {
     accept_all(f, false);
 }
 
-/* Send the overdue away. Milliseconds until the next one is, or -1. */
+/*
+ * Send the overdue away; and when there is no room, those who have been silent for longest, or strangers without the secret
+ * would keep everybody waiting. Milliseconds until the next one is overdue, or -1.
+ */
 static int expire(struct net_front *f) {
     const uint64_t now = net_now_ns();
+    uint32_t most = f->server->config.max_strangers, too_many = 0;
+    if (f->nr_strangers >= most)
+        too_many = most / 8 + 1;
     while (f->strangers.next != &f->strangers) {
         struct guest *g = f->strangers.next;
-        if (g->expires_ns > now)
+        if (g->expires_ns > now && !too_many)
             return (int)((g->expires_ns - now) / 1000000u) + 1;
         send_away(f, g);
+        too_many -= too_many > 0;
     }
     return -1;
 }
