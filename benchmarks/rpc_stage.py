@@ -151,9 +151,9 @@ class Stage:
 
 
 @contextmanager
-def stage(size: int = 512 * MIB) -> Iterator[Stage]:
-    """Run a stage."""
-    with running_fabric(size) as (name, pid):
+def stage(size: int = 512 * MIB, **geometry: Any) -> Iterator[Stage]:
+    """Run a stage; geometry: more of the device, as device.create() takes it."""
+    with running_fabric(size, **geometry) as (name, pid):
         made = Stage(name, pid)
         try:
             yield made

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dmrpc_cxl.fabric import numa
+
 from ..rpc_stage import serve
 from . import fig10, plots
 from .runner import Case, Options, Runner, Ticker, running
@@ -28,6 +30,7 @@ REMARKS = (
     "The model has the DM layer wait for each cache line that it reads, writes, copies or zeroes itself. It cannot know what programs load "
     "and store through their mappings, which the machine does at its own speed, nor what caches would have kept of slower memory, nor how "
     "a slower link behaves when several hosts use it at once. *all*: programs say what they read and write, as if no cache kept any of it.",
+    "Where a machine has memory on a second node, (a) is also measured with the device on that node, and nothing modelled.",
     "(a) is measured in both places, over rings, since what is charged does not depend on the transport; (b) over rings, in the first place.",
 )
 EXTRA_NS = (0, 50, 190, 265, 400)
@@ -100,6 +103,49 @@ def _tables(local: float, errors: dict[int, float]) -> list[dict[str, Any]]:
     ]
 
 
+def _start(runner: Runner) -> None:
+    runner.on.start(CLIENT)
+    runner.on.start(WRITERS["DM layer"], serve, Writer)
+    runner.on.start(WRITERS["all"], _serve)
+
+
+def far_node() -> int | None:
+    """Return a node whose memory is not the CPUs' own, where this machine has one."""
+    nodes = numa.nodes_with_memory()
+    return nodes[-1] if len(nodes) > 1 else None
+
+
+def bound_to(node: int, options: Options, ticker: Ticker) -> list[Point]:
+    """Measure (a) on a device that is made of a node's memory: nothing is modelled. In a run of its own."""
+    found: list[Point] = []
+    with running(options, ticker, numa_node=node) as runner:
+        _start(runner)
+        for place in options.places:
+            runner.pin(place)
+            cases = [
+                case
+                for case in _cases(runner, options, place)
+                if case.params["extra_ns"] == 0 and case.params["charged"] == CHARGED[0]
+            ]
+            found += map(point, runner.measure(cases, f"node {node}, {place}"))
+    return found
+
+
+def _bound_bars(points: Points, bound: Points, node: int | None) -> list[dict[str, Any]]:
+    made = []
+    for place in bound.values("place"):
+        each = [
+            (ratio(one["rounds"]["per_second"], base["rounds"]["per_second"]), one)
+            for one in bound.select(place=place)
+            if (base := points.one(variant="cxl", **one["params"])) is not None
+        ]
+        if each:
+            worst, one = min(each, key=lambda item: item[0]["median"])
+            what = f"writing a share of 32 KiB, device on node {node}, not modelled, {place}: throughput against this node, worst point"
+            made.append(bar(what, worst, BAR, note=f"pages {one['params']['pages']}"))
+    return made
+
+
 def _cases(runner: Runner, options: Options, place: str) -> list[Case]:
     peers = [runner.on.peers[name] for name in (CLIENT, *WRITERS.values())]
 
@@ -140,14 +186,14 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     """Measure."""
     found: list[Point] = []
     with running(options, ticker) as runner:
-        runner.on.start(CLIENT)
-        runner.on.start(WRITERS["DM layer"], serve, Writer)
-        runner.on.start(WRITERS["all"], _serve)
+        _start(runner)
         for place in options.places:
             runner.pin(place)
             found += map(point, runner.measure(_cases(runner, options, place), f"writes, {place}"))
         errors = {extra: error_of(runner, extra) for extra in EXTRA_NS if extra}
         local = runner.on.peers[CLIENT].call(local_ns)
+    node = far_node()
+    bound = bound_to(node, options, ticker) if node is not None else []
     skipped = {}
     pictures, why_not = fig10.under_latency(options, ticker)
     if why_not:
@@ -156,11 +202,12 @@ def run(options: Options, ticker: Ticker) -> dict[str, Any]:
     points = Points(found)
     return {
         "points": found,
-        "bars": bars(points),
+        "bars": bars(points) + _bound_bars(points, Points(bound), node),
         "skipped": skipped,
         "headline": headline(points, errors),
         "model_errors": errors,
         "tables": _tables(local, errors),
+        "bound_to_node": bound,
     }
 
 

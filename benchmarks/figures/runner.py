@@ -337,10 +337,10 @@ def pin_processes(pids: Iterable[int], cpu: int | None) -> None:
 
 @contextlib.contextmanager
 def running(
-    options: Options, ticker: Ticker | None = None, size: int = 512 << 20
+    options: Options, ticker: Ticker | None = None, size: int = 512 << 20, **geometry: Any
 ) -> Iterator[Runner]:
-    """Run a stage and a runner on it."""
-    with rpc_stage.stage(TINY_DEVICE if options.tiny else size) as on:
+    """Run a stage and a runner on it; geometry: more of its device."""
+    with rpc_stage.stage(TINY_DEVICE if options.tiny else size, **geometry) as on:
         runner = Runner(on, options, ticker)
         try:
             yield runner

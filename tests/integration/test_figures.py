@@ -15,13 +15,14 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from benchmarks.figures import __main__ as command
-from benchmarks.figures import e0, fig08, net, net_blocks, plots, report
+from benchmarks.figures import e0, fig08, fig12, net, net_blocks, plots, report
 from benchmarks.figures.blocks import Block, one_by_one
 from benchmarks.figures.runner import Case, Options, Ticker, running
 from benchmarks.figures.summary import Points
 from benchmarks.figures.variants import REGISTRY
 from benchmarks.figures.variants.base import Writing
 from benchmarks.peers import PeerFailed
+from dmrpc_cxl.fabric import numa
 
 SERVERS = frozenset(("net", "net-copy"))
 OURS = SERVERS | {"value", "cxl", "cxl-1", "cxl-copy", "store", "shm"}
@@ -230,6 +231,18 @@ def test_a_slower_device_is_charged_and_the_models_error_is_told(tmp_path: Path)
     assert slow is not None
     owed_us = 8 * 128 * 0.19  # lines of 8 pages, read and written
     assert slow["latency_us"]["p50"] > fast["latency_us"]["p50"] + owed_us / 2
+
+
+def test_where_there_is_a_second_node_the_device_is_bound_to_it_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fig12, "far_node", lambda: numa.nodes_with_memory()[-1])
+    found = measured("fig12", tmp_path)
+    assert found["bound_to_node"]
+    assert {one["params"]["extra_ns"] for one in found["bound_to_node"]} == {0}
+    (bar,) = (one for one in found["bars"] if "not modelled" in one["what"])
+    assert bar["measured"] > 0
+    assert bar["spread"][0] <= bar["measured"] <= bar["spread"][1]
 
 
 def wrong_block(host: Any) -> Block:
