@@ -277,21 +277,24 @@ int net_get(struct net_shard *s, struct net_session *ses, const struct net_reque
         return status;
     if (q->d > NET_MAX_TRANSFER || q->c > r->length || q->d > r->length - q->c)
         return NET_BAD_SIZE;
-    const uint32_t nr = r->nr_pages;
     const bool keep = q->flags & NET_KEEP;
-    uint32_t *pages = r->pages;
+    uint32_t *pages = r->pages, nr = r->nr_pages, first = 0;
     if (keep) {
-        /* Its holder may drop it while it is being sent: hold the pages until then. */
-        if ((status = check_pages(s, ses, r->nr_filled)))
+        /* Its holder may drop it while it is being sent: hold the pages that are asked for until then. */
+        const uint32_t shift = s->pool.page_shift;
+        first = (uint32_t)(q->c >> shift);
+        nr = q->d ? (uint32_t)((q->c + q->d - 1) >> shift) - first + 1 : 0;
+        if ((status = check_pages(s, ses, net_pages_filled(r->pages + first, nr))))
             return status;
-        if (!(pages = malloc(nr * sizeof *pages)))
+        if (!(pages = malloc((nr + !nr) * sizeof *pages)))
             return NET_NO_MEMORY;
-        if ((status = share(s, r->pages, nr, pages))) {
+        if ((status = share(s, r->pages + first, nr, pages))) {
             free(pages);
             return status;
         }
     }
-    *delivery = net_delivery_add(s, ses, pages, nr, q->c, q->d);
+    *delivery =
+        net_delivery_add(s, ses, pages, nr, q->c - ((uint64_t)first << s->pool.page_shift), q->d);
     if (!*delivery) {
         if (keep) {
             net_pages_drop(&s->pool, pages, nr);

@@ -306,6 +306,19 @@ def test_a_client_that_vanishes_without_a_word_is_given_up():
 # ---------------------------------------------------------------- limits
 
 
+def test_reading_a_part_counts_the_pages_of_that_part():
+    page = 4096
+    with serving("--client-pages", "10", shards=1) as servers:
+        client = servers.client()
+        data = bytes(range(256)) * 16 * 8
+        ref = client.put(data)
+        with pytest.raises(OverQuota):
+            client.get(ref, keep=True)  # 8 pages are held, and 8 more would be
+        for offset, size in ((0, 1), (page - 1, 2), (5 * page + 7, 100), (6 * page, 2 * page)):
+            assert client.get(ref, offset=offset, size=size, keep=True) == data[offset:][:size]
+        assert client.get(ref) == data
+
+
 def test_a_client_holds_no_more_than_the_server_allows():
     with serving(
         "--client-pages", "10", "--client-refs", "3", "--client-ranges", "5", "--client-virtual", "100",
