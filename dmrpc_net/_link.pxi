@@ -231,6 +231,8 @@ cdef class Call:
         with nogil:
             status = net_link_submit(self.link.l, &self.c, cork)
         if status:
+            if status == NET_GARBLED:
+                self.client.distrust(self.link)
             raise error_of(status, self.operation)
         self.started = True
         return 0
@@ -298,6 +300,8 @@ cdef class Call:
             PyBuffer_Release(&self.view)
             self.viewing = False
         if self.c.outcome:
+            if self.c.outcome == NET_GARBLED:
+                self.client.distrust(self.link)
             self.error = error_of(self.c.outcome, self.operation)
             self.value = None
         else:
@@ -927,6 +931,10 @@ cdef class Client(Operations):
 
     def open_link(self, server, shard, deadline_ns):
         """Connect to a shard; None: there is no such shard."""
+        raise NotImplementedError
+
+    def distrust(self, link):
+        """A link was sent what answers no request: leave its server."""
         raise NotImplementedError
 
     def set_link(self, server, shard, link):

@@ -316,6 +316,13 @@ class Client(_native.Client):
                     self.set_link(link.server, link.shard, None)
                     link.fail(OUTCOME_LOST)
 
+    def distrust(self, link: Link) -> None:
+        """Leave the server of a link that was sent what answers no request: the next call begins anew there, and holds nothing."""
+        server = self._servers[link.server]
+        with server.lock:
+            if link in self.open_links():
+                self._lose(server)
+
     def _rejoin(self, server: _Server, until: float) -> None:
         """Begin anew at a server that was lost, if it is back."""
         if time.monotonic() < server.retry_at:

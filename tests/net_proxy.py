@@ -42,6 +42,7 @@ class Proxy:
         self.swallow = False  # answers do not arrive
         self.refuse = False  # new connections are closed at once
         self.cut_after: int | None = None  # bytes of answers, then every data connection breaks
+        self.garble = False  # what comes next from the server on a data connection is changed
         self.nr_accepted = 0
         self._ended = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -115,6 +116,9 @@ class Proxy:
             is_control = pair is self._pairs[0]
             if self.swallow and not is_control:
                 return
+            if self.garble and not is_control:
+                self.garble = False
+                data = bytes(byte ^ 0x5A for byte in data)
             if self.cut_after is not None and not is_control:
                 data = data[: self.cut_after]
                 self.cut_after -= len(data)

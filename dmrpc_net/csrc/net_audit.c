@@ -69,7 +69,7 @@ bool net_shard_audit(struct net_shard *s, struct net_audit *out) {
     }
     nr_entries = out->mapped_pages + out->ref_pages + out->delivered_pages + fresh_holes;
     for (uint32_t i = 0; i < p->nr_free; i++)
-        free_times[p->fifo[((uint64_t)p->head + i) % p->nr_pages]]++;
+        free_times[p->free[i]]++;
     for (uint32_t page = 1; page < p->nr_pages; page++) {
         out->in_use += p->counts[page] != 0;
         if (p->counts[page] == sum[page] && free_times[page] == (sum[page] == 0))

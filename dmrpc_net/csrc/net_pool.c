@@ -1,8 +1,8 @@
 /*
- * net_pool.c - the pages of a shard: counts, the FIFO of those that are free, and bytes that lie in several of them.
+ * net_pool.c - the pages of a shard: counts, the stack of those that are free, and bytes that lie in several of them.
  *
- * Pages are handed out in the order in which they were freed. Runs that are freed together are so handed out together, and
- * need few pieces when they are sent or received.
+ * What was freed last is handed out first: it is in the caches (docs/decisions/0018-pages-freed-last.md). Runs that are freed
+ * together are handed out together and in their order, and need few pieces when they are sent or received.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -19,57 +19,46 @@ int net_pool_open(struct net_pool *p, void *base, uint64_t bytes, uint32_t page_
                            .nr_pages = (uint32_t)nr,
                            .max_count = max_count ? max_count : UINT32_MAX,
                            .counts = calloc(nr, sizeof *p->counts),
-                           .fifo = malloc(nr * sizeof *p->fifo),
+                           .free = malloc(nr * sizeof *p->free),
                            .nr_free = (uint32_t)nr - 1,
                            .counters = counters};
-    if (!p->counts || !p->fifo) {
+    if (!p->counts || !p->free) {
         net_pool_close(p);
         return NET_NO_MEMORY;
     }
     for (uint32_t i = 0; i < p->nr_free; i++)
-        p->fifo[i] = i + 1;
+        p->free[i] = p->nr_free - i; /* page 1 on top */
     memset(p->base, 0, net_page_bytes(p));
     return NET_OK;
 }
 
 void net_pool_close(struct net_pool *p) {
     free(p->counts);
-    free(p->fifo);
-    p->counts = p->fifo = NULL;
+    free(p->free);
+    p->counts = p->free = NULL;
 }
 
 bool net_pages_take(struct net_pool *p, uint32_t nr, uint32_t *pages) {
     if (nr > p->nr_free)
         return false;
-    uint32_t head = p->head;
     for (uint32_t i = 0; i < nr; i++) {
-        uint32_t page = p->fifo[head];
-        if (++head == p->nr_pages)
-            head = 0;
-        p->counts[page] = 1;
-        pages[i] = page;
+        pages[i] = p->free[--p->nr_free];
+        p->counts[pages[i]] = 1;
     }
-    p->head = head;
-    p->nr_free -= nr;
     p->counters[NET_COUNTER_pages_taken] += nr;
     return true;
 }
 
-static inline void give(struct net_pool *p, uint32_t page) {
-    uint64_t tail = (uint64_t)p->head + p->nr_free;
-    p->fifo[tail < p->nr_pages ? tail : tail - p->nr_pages] = page;
-    p->nr_free++;
+void net_page_drop(struct net_pool *p, uint32_t page) {
+    if (!page || --p->counts[page])
+        return;
+    p->free[p->nr_free++] = page;
     p->counters[NET_COUNTER_pages_freed]++;
 }
 
-void net_page_drop(struct net_pool *p, uint32_t page) {
-    if (page && --p->counts[page] == 0)
-        give(p, page);
-}
-
 void net_pages_drop(struct net_pool *p, const uint32_t *pages, uint32_t nr) {
-    for (uint32_t i = 0; i < nr; i++)
-        net_page_drop(p, pages[i]);
+    while (nr-- > 0) /* the first of them on top */
+        net_page_drop(p, pages[nr]);
 }
 
 int net_pages_hold(struct net_pool *p, const uint32_t *pages, uint32_t nr) {

@@ -9,7 +9,7 @@
  *
  * Rules:
  *   - count of a page = entries of ranges + entries of Refs + entries of deliveries + writes under way that reserved it;
- *   - a page whose count is 0 is in the FIFO, once;
+ *   - a page whose count is 0 is on the stack of free pages, once;
  *   - a page whose count is above 1 is not written;
  *   - what may fail is checked before anything is changed.
  */
@@ -33,8 +33,8 @@ struct net_pool {
     uint32_t nr_pages;
     uint32_t max_count; /* a count goes no further */
     uint32_t *counts;
-    uint32_t *fifo; /* a ring of page numbers */
-    uint32_t head, nr_free;
+    uint32_t *free; /* a stack of nr_free page numbers */
+    uint32_t nr_free;
     uint64_t *counters; /* enum net_counter, of the shard */
 };
 

@@ -89,15 +89,17 @@ static uint32_t count_of(struct net_session *ses, uint64_t address) {
 
 /* ---------------------------------------------------------------- pages */
 
-static void pages_are_handed_out_in_the_order_in_which_they_were_freed(void) {
+static void pages_freed_last_are_handed_out_first_and_those_of_one_run_in_their_order(void) {
     begin(&plenty);
-    uint32_t pages[PAGES], again[3];
+    uint32_t pages[PAGES], again[5];
     EXPECT(net_pages_take(&shard.pool, PAGES, pages));
     EXPECT(!net_pages_take(&shard.pool, 1, again));
-    const uint32_t order[3] = {pages[9], pages[2], pages[40]};
-    net_pages_drop(&shard.pool, order, 3);
-    EXPECT(net_pages_take(&shard.pool, 3, again));
-    EXPECT(!memcmp(order, again, sizeof order));
+    const uint32_t before[2] = {pages[7], pages[1]}, last[3] = {pages[9], pages[2], pages[40]};
+    net_pages_drop(&shard.pool, before, 2);
+    net_pages_drop(&shard.pool, last, 3);
+    EXPECT(net_pages_take(&shard.pool, 5, again));
+    EXPECT(!memcmp(last, again, sizeof last));
+    EXPECT(!memcmp(before, again + 3, sizeof before));
     net_pages_drop(&shard.pool, pages, PAGES);
     end();
 }
@@ -432,7 +434,7 @@ static void random_operations_keep_every_count(void) {
 }
 
 int main(void) {
-    HOLDS(pages_are_handed_out_in_the_order_in_which_they_were_freed);
+    HOLDS(pages_freed_last_are_handed_out_first_and_those_of_one_run_in_their_order);
     HOLDS(taking_more_pages_than_there_are_takes_none);
     HOLDS(a_count_that_is_full_refuses_and_undoes_the_pages_before);
     HOLDS(pieces_of_neighbouring_pages_are_one);

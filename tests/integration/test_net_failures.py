@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -232,6 +233,33 @@ def test_a_client_that_was_let_go_begins_anew_and_does_not_mistake_its_addresses
     with pytest.raises(BadAddress):
         client.read(address, 1)
     client.rfree(fresh)
+
+
+@pytest.mark.parametrize("way", ["call", "pipeline", "aio"])
+def test_after_an_answer_to_nothing_that_was_asked_a_client_begins_anew(
+    client, proxy, servers, way
+):
+    address = client.ralloc(PAGE, server=0, shard=0)
+    client.rwrite(address, b"x")
+    proxy.garble = True
+    with pytest.raises(RemoteProtocolError, match="answers no request"):
+        if way == "call":
+            client.read(address, 1)
+        elif way == "pipeline":
+            with client.pipeline() as pipeline:
+                pipeline.read(address, 1)
+        else:
+            asyncio.run(_read(client, address))
+    fresh = until(lambda: _allocated(client))
+    assert fresh != address
+    with pytest.raises(BadAddress):  # what it held there was given up
+        client.read(address, 1)
+    client.rfree(fresh)
+    assert servers.client().audit()["in_use"] == 0
+
+
+async def _read(client: dmrpc_net.Client, address: int) -> bytes:
+    return bytes(await client.aio.read(address, 1))
 
 
 def _allocated(client: dmrpc_net.Client) -> int | None:
