@@ -300,6 +300,9 @@ def latency_error(extra_ns: float) -> float: ...
 DEF_CAPACITY: int
 DEF_MAX_FRAME: int
 
+def begin_frame(size: int) -> bytearray: ...
+def grow_frame(frame: bytearray, size: int) -> None: ...
+
 class Ring:
     """One end of a connection to another process through shared memory.
 

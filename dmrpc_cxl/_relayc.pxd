@@ -16,6 +16,7 @@ cdef extern from "frame.h" nogil:
         DM_FRAME_KNOWN_FLAGS
         DM_FRAME_MAX_REFS
         DM_FRAME_MAX_META
+        DM_FRAME_BELIEVED
         DM_FRAME_MAX_BYTES
         DM_FRAME_ALIGNMENT
 

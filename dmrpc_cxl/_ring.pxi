@@ -4,8 +4,9 @@
 #   sleep, it is released, and a reference is held: close() in another thread then leaves memory and descriptors until the
 #   last call has come back.
 # - One thread sends and one receives at a time; the caller's locks see to it. A second one is refused.
-# - A frame's buffer is allocated in full when all of it is in the ring or it is not above FIRST bytes; otherwise it starts
-#   with FIRST bytes and doubles when they are full. So memory for a claimed size is there only once half of it arrived.
+# - A frame's buffer is allocated in full when all of it is in the ring or it is not above DM_FRAME_BELIEVED bytes; otherwise
+#   it starts with so many and doubles when they are full. They are not touched before there is something to put there: a
+#   claimed size that is not sent costs addresses, and memory only once half of it arrived.
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport (
@@ -17,13 +18,13 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from dmrpc_cxl._ringc cimport *
+from dmrpc_cxl._relayc cimport DM_FRAME_BELIEVED
 
 DEF_CAPACITY = 2 << 20
 DEF_MAX_FRAME = 1 << 30
 
 cdef enum:
     BLOCKING = 64 << 10
-    FIRST = 1 << 20
     INLINE_PARTS = 8
 
 
@@ -45,6 +46,16 @@ cdef uint32_t _max_frame(object value) except 0:
     if not DM_RING_MIN_FRAME <= value <= 0xffffffff:
         raise _errors.BadSize(f"max_frame must be from {DM_RING_MIN_FRAME} to 4294967295 bytes")
     return value
+
+
+def begin_frame(Py_ssize_t size) -> bytearray:
+    """Return a buffer for a frame of so many bytes, or for what of it is believed. Its bytes are whatever the memory held."""
+    return PyByteArray_FromStringAndSize(NULL, min(size, <Py_ssize_t>DM_FRAME_BELIEVED))
+
+
+def grow_frame(bytearray frame not None, Py_ssize_t size):
+    """Have a buffer that is full grow towards so many bytes: it doubles."""
+    PyByteArray_Resize(frame, min(size, 2 * PyByteArray_GET_SIZE(frame)))
 
 
 cdef class _Parts:
@@ -277,15 +288,14 @@ cdef class Ring:
         cdef char *to
         cdef bytearray frame = self.frame
         if frame is None:
-            length = size if size <= FIRST or <uint64_t>size - 4 <= there else FIRST
-            frame = PyByteArray_FromStringAndSize(NULL, length)
+            frame = PyByteArray_FromStringAndSize(NULL, size) if <uint64_t>size - 4 <= there else begin_frame(size)
             memcpy(PyByteArray_AS_STRING(frame), r.in_.size_bytes, 4)
             self.frame = frame
         while True:
             length = PyByteArray_GET_SIZE(frame)
             if r.in_.got == length and length < size:
-                length = min(size, 2 * length)
-                PyByteArray_Resize(frame, length)
+                grow_frame(frame, size)
+                length = PyByteArray_GET_SIZE(frame)
             to = PyByteArray_AS_STRING(frame) + r.in_.got
             want = length - r.in_.got
             if there <= BLOCKING:

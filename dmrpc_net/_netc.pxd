@@ -20,6 +20,7 @@ cdef extern from "net_wire.h" nogil:
         NET_VERSION
         NET_SECRET_BYTES
         NET_MAX_TRANSFER
+        NET_SEND_BUFFER
         NET_SERVER_SHIFT
         NET_SHARD_SHIFT
         NET_SESSION_SHIFT

@@ -37,6 +37,7 @@ WIRE = {
     "version": NET_VERSION,
     "secret_bytes": NET_SECRET_BYTES,
     "max_transfer": NET_MAX_TRANSFER,
+    "send_buffer": NET_SEND_BUFFER,
     "max_servers": NET_MAX_SERVERS,
     "max_shards": NET_MAX_SHARDS,
     "nr_sessions": NET_NR_SESSIONS,

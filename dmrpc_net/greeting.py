@@ -86,6 +86,7 @@ def connect(address: Address, deadline: float) -> socket.socket:
         else:
             sock = socket.create_connection(address, left)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, WIRE["send_buffer"])
     except TimeoutError:
         raise DeadlineExceeded(
             f"no answer from the memory server at {show_address(address)}"

@@ -44,7 +44,6 @@ static inline void dm_node_join(struct dm_node *head, struct dm_node *n) {
 
 #define DM_STREAM_READ                                                                             \
     (64u << 10) /* what a socket is asked for at once; the first size of every buffer */
-#define DM_STREAM_FIRST (1u << 20)  /* a frame is given so much before its bytes are there */
 #define DM_STREAM_KEPT (5u << 20)   /* a buffer above this does not outlive its frame */
 #define DM_STREAM_BLOCK (64u << 10) /* of a backlog, at least */
 #define DM_STREAM_CORK (16u << 10)  /* to a socket, less than this waits for the end of the turn */

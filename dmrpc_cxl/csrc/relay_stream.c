@@ -58,7 +58,7 @@ static int reserve(struct dm_stream *s, uint64_t cap) {
 
 /* How large the buffer may be for a frame of which have bytes came. It grows when it is full. */
 static uint64_t believed(const struct dm_stream *s, uint64_t size, uint64_t have) {
-    uint64_t cap = s->cap > DM_STREAM_FIRST ? s->cap : DM_STREAM_FIRST;
+    uint64_t cap = s->cap > DM_FRAME_BELIEVED ? s->cap : DM_FRAME_BELIEVED;
     if (have >= cap)
         cap = 2 * have;
     return size < cap ? size : cap;

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from .._native import Ring
+from .._native import Ring, begin_frame, grow_frame
 from ..errors import DeadlineExceeded, PeerLost, RemoteProtocolError, RingClosed
 from .frames import HEADER_BYTES, MAX_FRAME_BYTES
 
@@ -28,7 +28,7 @@ Part: TypeAlias = bytes | bytearray | memoryview
 Parts: TypeAlias = Sequence[Part]
 
 READ_BYTES = 256 << 10
-FIRST_ALLOCATION = 1 << 20  # of a frame whose size only the peer vouches for
+SEND_BUFFER_BYTES = 512 << 10  # asked of the kernel: docs/decisions/0019-what-sockets-hold.md
 MAX_IOV = 512
 _SIZE = struct.Struct("<I")
 
@@ -171,6 +171,7 @@ class TcpChannel(Channel):
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             # A peer that vanished without a word is noticed within some 25 s.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
@@ -260,7 +261,7 @@ class TcpChannel(Channel):
 
     def _begin_large(self, size: int) -> None:
         have = self._to - self._from
-        self._large = bytearray(min(size, FIRST_ALLOCATION))
+        self._large = begin_frame(size)
         self._large[:have] = self._view[self._from : self._to]
         self._large_to, self._large_size = have, size
         self._from = self._to = 0
@@ -270,7 +271,7 @@ class TcpChannel(Channel):
         assert large is not None
         while self._large_to < self._large_size:
             if self._large_to == len(large):  # only as much as has come is believed
-                large.extend(bytes(min(len(large), self._large_size - len(large))))
+                grow_frame(large, self._large_size)
             with memoryview(large) as view:
                 n = self._read(view[self._large_to :])
             if n == 0:

@@ -64,7 +64,10 @@ struct net_front {
 void net_socket_setup(int fd, uint32_t vanished_s) {
     const int on = 1;
     /* A Unix socket knows nothing of this, and needs none of it. */
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0) {
+        const int bytes = NET_SEND_BUFFER;
+        (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+    }
     if (!vanished_s)
         return;
     const int idle = vanished_s > 3 ? (int)vanished_s / 3 : 1, tries = 3;

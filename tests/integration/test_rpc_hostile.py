@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from dmrpc_cxl.rpc import attended, endpoint, frames
@@ -458,6 +459,38 @@ def test_who_asks_for_more_and_more_and_never_reads_is_hung_up_on(place: Place, 
             for call_id in range(1, 2000):
                 raw.send(raw.call("fresh", call_id, flags=int(Flag.VALUE), body=body))
         service.call(count_reaches, "slow readers")
+    service.call(connections_reach, 1)
+
+
+def resident(at: At) -> int:
+    return psutil.Process().memory_info().rss
+
+
+def have_sent(at: At, nr_peers: int, nbytes: int) -> None:
+    """Wait until so many connections, but for that of the good client, have been sent so many bytes."""
+
+    def nr_there() -> int:
+        received = [c.channel.traffic()[1] for c in at.server._connections.values()]
+        return sum(n >= nbytes for n in received)
+
+    until(lambda: nr_there() == nr_peers + 1, 20)
+
+
+def test_sizes_that_are_claimed_and_not_sent_take_no_memory(place: Place, kind: str) -> None:
+    fabric, service, _ = place
+    before = service.call(resident)
+    sent = 100 << 10
+    data = header(size=1 << 30, body=(1 << 30) - 40) + bytes(sent)
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(RawClient(fabric, kind=kind)) for _ in range(10)]
+        for raw in raws:
+            if kind == "ring":
+                write_to_ring(raw, data)
+            else:
+                raw.socket.setblocking(True)
+                raw.socket.sendall(data)
+        service.call(have_sent, len(raws), sent)
+        assert service.call(resident) < before + (30 << 20)
     service.call(connections_reach, 1)
 
 
