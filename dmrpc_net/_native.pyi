@@ -295,6 +295,14 @@ class Deferred(Operations):
 
 # ---------------------------------------------------------------- fetching when somebody looks (_pager.pxi)
 
+class Arena:
+    """Memory for the Buffers of one Memory."""
+
+    def __init__(self) -> None: ...
+    @property
+    def owner(self) -> int: ...
+    def kept(self) -> int: ...
+
 class Pager:
     """Serves the page faults of this process's Buffers."""
 
@@ -309,7 +317,7 @@ class Pager:
 class Buffer:
     """Private memory of this process, whose bytes may still be at a memory server."""
 
-    def __init__(self, host: Any, nbytes: int) -> None: ...
+    def __init__(self, host: Any, arena: Arena, nbytes: int, *, zero: bool = True) -> None: ...
     @property
     def host(self) -> Any: ...
     @property

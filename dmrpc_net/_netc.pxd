@@ -273,16 +273,30 @@ cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
 
 
-cdef extern from "net_pager.h" nogil:
+cdef extern from "net_arena.h" nogil:
     enum:
         NET_PAGE
 
+    struct net_arena:
+        pass
+
+    struct net_run:
+        char *front
+        uint64_t nr_pages
+
+    net_arena *net_arena_new()
+    void net_arena_free(net_arena *a)
+    bint net_arena_take(net_arena *a, uint64_t nr_pages, bint zero, net_run *run)
+    void net_arena_give(net_arena *a, const net_run *run, bint broken)
+    uint64_t net_arena_kept(net_arena *a)
+
+
+cdef extern from "net_pager.h" nogil:
     struct net_pager:
         pass
 
     struct net_region:
-        char *base
-        uint64_t nr_pages
+        net_run run
         uint64_t length
         uint64_t key
         uint16_t server
@@ -305,8 +319,6 @@ cdef extern from "net_pager.h" nogil:
     void net_pager_free(net_pager *p)
     bint net_pager_poisons(const net_pager *p)
     int net_pager_route(net_pager *p, const sockaddr *address, socklen_t length, const net_hello *hello, uint16_t server)
-    char *net_pager_map(uint64_t nr_pages)
-    void net_pager_unmap(char *base, uint64_t nr_pages)
     int net_pager_add(net_pager *p, net_region *r, bint all_present)
     void net_pager_remove(net_pager *p, net_region *r)
     int net_pager_protect(net_pager *p, net_region *r)

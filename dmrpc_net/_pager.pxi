@@ -4,6 +4,29 @@
 # and that thread never needs the GIL.
 
 
+cdef class Arena:
+    """Memory for the Buffers of one Memory."""
+
+    cdef net_arena *a
+    cdef readonly int owner
+
+    def __init__(self):
+        if self.a != NULL:
+            raise TypeError("an Arena is initialised once")
+        self.owner = getpid()
+        self.a = net_arena_new()
+        if self.a == NULL:
+            raise MemoryError(f"no addresses for buffers: {strerror(errno).decode()}")
+
+    def __dealloc__(self):
+        if self.a != NULL and self.owner == getpid():
+            net_arena_free(self.a)
+
+    def kept(self):
+        """Bytes of freed Buffers that wait for the next."""
+        return net_arena_kept(self.a)
+
+
 cdef class Pager:
     """Serves the page faults of this process's Buffers. One for each Memory; has a thread in C."""
 
@@ -58,6 +81,7 @@ cdef class Buffer:
     """
 
     cdef readonly object host   # the Memory it belongs to
+    cdef Arena arena
     cdef Pager pager            # None: nobody watches this memory
     cdef readonly object ref    # a Ref that has the bytes, or had them before stores; may be None
     cdef net_region region
@@ -68,30 +92,32 @@ cdef class Buffer:
     def __cinit__(self):
         memset(&self.region, 0, sizeof(self.region))
 
-    def __init__(self, host, uint64_t nbytes):
-        if self.region.base != NULL:
+    def __init__(self, host, Arena arena not None, uint64_t nbytes, *, bint zero=True):
+        cdef bint there
+        if self.region.run.front != NULL:
             raise TypeError("a Buffer is initialised once")
         if nbytes == 0 or nbytes >> 48:
             raise _cxl.BadSize(f"a buffer of {nbytes} bytes")
-        self.host = host
-        self.region.length = nbytes
-        self.region.nr_pages = (nbytes + NET_PAGE - 1) // NET_PAGE
-        self.region.base = net_pager_map(self.region.nr_pages)
-        if self.region.base == NULL:
+        with nogil:
+            there = net_arena_take(arena.a, (nbytes + NET_PAGE - 1) // NET_PAGE, zero, &self.region.run)
+        if not there:
             raise MemoryError(f"a buffer of {nbytes} bytes")
+        self.host = host
+        self.arena = arena
+        self.region.length = nbytes
         self.live = True
 
     def __dealloc__(self):
         self.unmap()
 
     cdef void unmap(self) noexcept:
-        if self.region.base == NULL or self.host is None or self.host.owner != getpid():
+        if self.region.run.front == NULL or self.host is None or self.host.owner != getpid():
             return  # a forked child has no such memory
         if self.watched:
             net_pager_remove(self.pager.p, &self.region)  # which may wait for a fetch into it
             self.watched = False
-        net_pager_unmap(self.region.base, self.region.nr_pages)
-        self.region.base = NULL
+        net_arena_give(self.arena.a, &self.region.run, net_region_failed(&self.region))
+        self.region.run.front = NULL
 
     def show(self, Pager pager not None, Ref ref not None, *, bint whole, bint all_present=False):
         """Have the bytes be those of a Ref that is kept for them. all_present: they are here, and must not be stored to now."""
@@ -116,9 +142,6 @@ cdef class Buffer:
         """Notice stores from now on; False: it cannot be done. The bytes are here, and no Ref has them yet."""
         self.pager = pager
         if not self.watched:
-            # What was never touched has no page to protect: it would be stored to unnoticed.
-            with nogil:
-                touch_pages(self.region.base, self.region.nr_pages)
             if net_pager_add(pager.p, &self.region, True):
                 return False
             self.watched = True
@@ -157,7 +180,7 @@ cdef class Buffer:
             raise _cxl.ForkedError("a forked child has no memory of its parent's buffers; attach again")
         if not self.live:
             raise _cxl.BadAddress("this buffer was freed or moved")
-        PyBuffer_FillInfo(view, self, self.region.base, <Py_ssize_t>self.region.length, 0, flags)
+        PyBuffer_FillInfo(view, self, self.region.run.front, <Py_ssize_t>self.region.length, 0, flags)
         self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
@@ -168,7 +191,7 @@ cdef class Buffer:
     @property
     def address(self):
         """Address of the first byte in this process."""
-        return <uint64_t>self.region.base
+        return <uint64_t>self.region.run.front
 
     @property
     def nbytes(self):
@@ -196,7 +219,7 @@ cdef class Buffer:
     @property
     def complete(self):
         """Whether all of its bytes are here."""
-        return not self.watched or net_region_present(&self.region) >= self.region.nr_pages
+        return not self.watched or net_region_present(&self.region) >= self.region.run.nr_pages
 
     @property
     def failed(self):
@@ -206,7 +229,7 @@ cdef class Buffer:
     @property
     def pages_present(self):
         """How many pages of it are here."""
-        return net_region_present(&self.region) if self.watched else self.region.nr_pages
+        return net_region_present(&self.region) if self.watched else self.region.run.nr_pages
 
     def numpy(self, dtype="uint8", shape=None, *, offset=0):
         """Return a writable ndarray over this buffer; it keeps the buffer alive.
@@ -254,11 +277,4 @@ cdef class Buffer:
     def __repr__(self):
         if not self.live:
             return f"<Buffer of {self.region.length} bytes, freed>"
-        return f"<Buffer of {self.region.length} bytes at {<uint64_t>self.region.base:#x}>"
-
-
-cdef void touch_pages(char *base, uint64_t nr_pages) noexcept nogil:
-    cdef volatile char *at = base
-    cdef uint64_t i
-    for i in range(nr_pages):
-        at[i * NET_PAGE]
+        return f"<Buffer of {self.region.length} bytes at {<uint64_t>self.region.run.front:#x}>"

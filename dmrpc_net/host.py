@@ -191,11 +191,16 @@ class NetHost(Services, Arrays, Names):
     # ---------------------------------------------------------------- memory
 
     def ralloc(self, size: int, *, zero: bool = True) -> NetBuffer:
-        """Return memory of this process, all zeros, that can be sent by Ref. Nothing is taken at the servers yet."""
+        """Return memory of this process that can be sent by Ref. Nothing is taken at the servers yet.
+
+        Args:
+            size: in bytes.
+            zero: all zeros; else what freed buffers of this host may have left.
+        """
         self._check("ralloc")
         if size < 1:
             raise BadSize(f"ralloc: {size} bytes")
-        return self.memory.buffer(size)
+        return self.memory.buffer(size, zero=zero)
 
     def rfree(self, buffer: NetBuffer) -> None:
         """Release a Buffer now; see Buffer.free."""

@@ -35,7 +35,7 @@ import numpy as np
 
 from dmrpc_cxl.errors import BadAddress, BadRef, BufferInUse, DmError, MisuseError
 
-from ._native import Buffer, Pager, Ref
+from ._native import Arena, Buffer, Pager, Ref
 from .client import Client, attach
 from .errors import ServerLost
 
@@ -87,6 +87,7 @@ class Memory:
             int, float
         ] = {}  # when to look for a way to a server again; monotonic
         self._sent_once: weakref.WeakSet[Buffer] = weakref.WeakSet()
+        self._arena = Arena()
         self._pager: Pager | None = None
         self._secret = secret
         with contextlib.suppress(OSError):  # no permission, or a kernel without
@@ -156,11 +157,11 @@ class Memory:
 
     # ---------------------------------------------------------------- buffers
 
-    def buffer(self, nbytes: int) -> Buffer:
-        """Return fresh memory of this process, all zeros."""
+    def buffer(self, nbytes: int, *, zero: bool = True) -> Buffer:
+        """Return memory of this process. zero: all zeros, else what it held before."""
         if self.closed:
             raise MisuseError("this host has left its memory servers")
-        buffer = Buffer(self, nbytes)
+        buffer = Buffer(self, self._arena, nbytes, zero=zero)
         self._buffers.add(buffer)
         return buffer
 
@@ -179,7 +180,7 @@ class Memory:
 
     def _got(self, token: bytes) -> Buffer:
         wire = self.wire_of(token)
-        buffer = self.buffer(Ref.from_bytes(wire, self.client).nbytes)
+        buffer = self.buffer(Ref.from_bytes(wire, self.client).nbytes, zero=False)
         with memoryview(buffer) as view:
             self.client.get(wire, into=view)
         return buffer
@@ -188,7 +189,7 @@ class Memory:
         """Return a Buffer that shows what a Ref of this process has; the Ref is the Buffer's."""
         if self._pager is None or not self._way_to(ref):
             return self._got(self.token_of(ref))
-        buffer = self.buffer(ref.nbytes)
+        buffer = self.buffer(ref.nbytes, zero=False)
         try:
             buffer.show(self._pager, ref, whole=self.fetch != "touched")
         except OSError:  # no memory to note it in
@@ -312,8 +313,9 @@ class Memory:
     # ---------------------------------------------------------------- the end
 
     def stats(self) -> dict[str, int]:
-        """Count what was fetched, and what came of stores."""
-        return self._pager.stats() if self._pager is not None else {}
+        """Count what was fetched, what came of stores, and the bytes of freed buffers that are kept for the next."""
+        kept = {"bytes_kept": self._arena.kept()}
+        return kept if self._pager is None else self._pager.stats() | kept
 
     def close(self) -> None:
         """Leave the servers. Idempotent.

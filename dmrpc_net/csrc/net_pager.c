@@ -28,13 +28,24 @@ struct poison_range {
     int64_t updated;
 };
 #define IOC_POISON _IOWR(UFFDIO, 0x08, struct poison_range)
+struct continue_range {
+    struct uffdio_range range;
+    uint64_t mode;
+    int64_t mapped;
+};
+#define IOC_CONTINUE _IOWR(UFFDIO, 0x07, struct continue_range)
+#define CONTINUE_MODE_DONTWAKE (1ull << 0)
+#define CONTINUE_MODE_WP (1ull << 1) /* Linux 6.4 */
+#define REGISTER_MODE_MINOR (1ull << 2)
+#define FEATURE_MINOR_SHMEM (1ull << 10)
+#define FEATURE_WP_SHMEM (1ull << 12)
 
-#define STAGE_PAGES 256u /* fetched at once */
+#define FETCH_PAGES 256u /* at once */
 #define EVENTS_PER_READ 16
 
 struct net_pager {
     int uffd, wake;
-    bool poisons, stopping;
+    bool poisons, protects; /* what the kernel can */
     pid_t owner;
     pthread_t thread;
     pthread_mutex_t lock;
@@ -44,21 +55,7 @@ struct net_pager {
     uint64_t deadline_ns;
     struct net_pager_stats stats;
     struct net_routes *routes;
-    char *stage; /* the thread's */
 };
-
-/* ---------------------------------------------------------------- memory */
-
-char *net_pager_map(uint64_t nr_pages) {
-    char *base =
-        mmap(NULL, nr_pages * NET_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED)
-        return NULL;
-    (void)madvise(base, nr_pages * NET_PAGE, MADV_DONTFORK);
-    return base;
-}
-
-void net_pager_unmap(char *base, uint64_t nr_pages) { (void)munmap(base, nr_pages * NET_PAGE); }
 
 /* What others look at without the lock: whole, and in no order with anything. */
 static void set(bool *flag, bool to) { __atomic_store_n(flag, to, __ATOMIC_RELAXED); }
@@ -75,13 +72,13 @@ static void set_present(struct net_region *r, uint64_t page) {
 /* ---------------------------------------------------------------- ioctls; the lock is held */
 
 static void wake(struct net_pager *p, struct net_region *r, uint64_t page, uint64_t nr) {
-    struct uffdio_range range = {(uint64_t)r->base + page * NET_PAGE, nr * NET_PAGE};
+    struct uffdio_range range = {(uint64_t)r->run.front + page * NET_PAGE, nr * NET_PAGE};
     (void)ioctl(p->uffd, UFFDIO_WAKE, &range);
 }
 
 static int protect(struct net_pager *p, struct net_region *r, bool on) {
     struct uffdio_writeprotect wp = {
-        .range = {(uint64_t)r->base, r->nr_pages * NET_PAGE},
+        .range = {(uint64_t)r->run.front, r->run.nr_pages * NET_PAGE},
         .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
     };
     int status;
@@ -90,35 +87,58 @@ static int protect(struct net_pager *p, struct net_region *r, bool on) {
     return status ? errno : 0;
 }
 
-/* Put pages where there are none. */
-static int install(struct net_pager *p, struct net_region *r, uint64_t page, uint64_t nr,
-                   const char *from) {
+static int map_one_run(struct net_pager *p, struct net_region *r, uint64_t page, uint64_t nr,
+                       uint64_t *done) {
+    struct continue_range c = {
+        .range = {(uint64_t)r->run.front + page * NET_PAGE, nr * NET_PAGE},
+        .mode = CONTINUE_MODE_DONTWAKE | (r->dirty ? 0 : CONTINUE_MODE_WP),
+    };
+    if (!p->protects && !r->dirty) { /* a store would not be noticed */
+        set(&r->dirty, true);
+        c.mode &= ~CONTINUE_MODE_WP;
+    }
+    int failed = ioctl(p->uffd, IOC_CONTINUE, &c) ? errno : 0;
+    *done = c.mapped > 0 ? (uint64_t)c.mapped / NET_PAGE : 0;
+    if (failed == EINVAL && c.mode & CONTINUE_MODE_WP && p->protects) { /* before Linux 6.4 */
+        p->protects = false;
+        failed = EAGAIN;
+    }
+    return failed;
+}
+
+/* Have the front show pages that it does not, and that are filled at the back. */
+static int map_pages(struct net_pager *p, struct net_region *r, uint64_t page, uint64_t nr) {
     while (nr) {
+        uint64_t done, run = 1;
         if (is_present(r, page)) {
             wake(p, r, page, 1);
-            page++, nr--, from += NET_PAGE;
+            page++, nr--;
             continue;
         }
-        uint64_t run = 1;
         while (run < nr && !is_present(r, page + run))
             run++;
-        struct uffdio_copy copy = {
-            .dst = (uint64_t)r->base + page * NET_PAGE,
-            .src = (uint64_t)from,
-            .len = run * NET_PAGE,
-            .mode = r->dirty ? 0 : UFFDIO_COPY_MODE_WP,
-        };
-        int failed = ioctl(p->uffd, UFFDIO_COPY, &copy) ? errno : 0;
-        uint64_t done = copy.copy > 0 ? (uint64_t)copy.copy / NET_PAGE : 0;
+        int failed = map_one_run(p, r, page, run, &done);
         if (failed && failed != EAGAIN && failed != EEXIST && !done)
             return failed;
         if (failed == EEXIST && !done)
             done = 1; /* the kernel knows better */
         for (uint64_t i = 0; i < done; i++)
             set_present(r, page + i);
-        page += done, nr -= done, from += done * NET_PAGE;
+        if (done) /* who waits finds it counted */
+            wake(p, r, page, done);
+        page += done, nr -= done;
     }
     return 0;
+}
+
+/* A page that is here, of which the front has lost sight: it was never touched there, or the kernel wanted memory. */
+static void map_again(struct net_pager *p, struct net_region *r, uint64_t page) {
+    volatile char *at = r->run.back + page * NET_PAGE;
+    uint64_t done;
+    (void)*at;
+    while (map_one_run(p, r, page, 1, &done) == EAGAIN)
+        ;
+    wake(p, r, page, 1);
 }
 
 /* Never wrong bytes: what is missing ends whoever touches it. */
@@ -129,14 +149,14 @@ static void give_up(struct net_pager *p, struct net_region *r, const char *why) 
     struct iovec parts[] = {{(void *)text, sizeof text - 1}, {(void *)why, strlen(why)}, {"\n", 1}};
     ssize_t ignored = writev(2, parts, 3);
     (void)ignored;
-    for (uint64_t page = 0; page < r->nr_pages; page++) {
+    for (uint64_t page = 0; page < r->run.nr_pages; page++) {
         if (is_present(r, page))
             continue;
         uint64_t run = 1;
-        while (page + run < r->nr_pages && !is_present(r, page + run))
+        while (page + run < r->run.nr_pages && !is_present(r, page + run))
             run++;
         struct poison_range poison = {
-            .range = {(uint64_t)r->base + page * NET_PAGE, run * NET_PAGE}};
+            .range = {(uint64_t)r->run.front + page * NET_PAGE, run * NET_PAGE}};
         if (!p->poisons || ioctl(p->uffd, IOC_POISON, &poison))
             (void)kill(getpid(), SIGBUS);
         page += run;
@@ -149,7 +169,7 @@ static struct net_region *region_at(struct net_pager *p, uint64_t address) {
     uint32_t lo = 0, hi = p->nr_regions;
     while (lo < hi) {
         uint32_t mid = (lo + hi) / 2;
-        if ((uint64_t)p->regions[mid]->base <= address)
+        if ((uint64_t)p->regions[mid]->run.front <= address)
             lo = mid + 1;
         else
             hi = mid;
@@ -157,10 +177,10 @@ static struct net_region *region_at(struct net_pager *p, uint64_t address) {
     if (!lo)
         return NULL;
     struct net_region *r = p->regions[lo - 1];
-    return address < (uint64_t)r->base + r->nr_pages * NET_PAGE ? r : NULL;
+    return address < (uint64_t)r->run.front + r->run.nr_pages * NET_PAGE ? r : NULL;
 }
 
-/* Fetch a run of missing pages, at most a stage; the lock is let go meanwhile. */
+/* Fetch a run of missing pages; the lock is let go meanwhile. */
 static int fetch(struct net_pager *p, struct net_region *r, uint64_t page, uint64_t nr,
                  uint64_t until_ns, const char **why) {
     uint64_t offset = page * NET_PAGE, bytes = nr * NET_PAGE;
@@ -169,7 +189,7 @@ static int fetch(struct net_pager *p, struct net_region *r, uint64_t page, uint6
         bytes = r->length - offset;
     if (r->key) {
         pthread_mutex_unlock(&p->lock);
-        status = net_routes_get(p->routes, r, offset, bytes, p->stage, until_ns, why);
+        status = net_routes_get(p->routes, r, offset, bytes, r->run.back + offset, until_ns, why);
         pthread_mutex_lock(&p->lock);
         p->stats.nr_requests++;
         p->stats.bytes_fetched += bytes;
@@ -178,8 +198,8 @@ static int fetch(struct net_pager *p, struct net_region *r, uint64_t page, uint6
     }
     if (status)
         return status;
-    memset(p->stage + bytes, 0, nr * NET_PAGE - bytes);
-    status = install(p, r, page, nr, p->stage);
+    memset(r->run.back + offset + bytes, 0, nr * NET_PAGE - bytes);
+    status = map_pages(p, r, page, nr);
     if (status)
         *why = strerror(status);
     return status;
@@ -187,14 +207,14 @@ static int fetch(struct net_pager *p, struct net_region *r, uint64_t page, uint6
 
 /* What to fetch for a fault: how many pages from `page` on, all of them missing. */
 static uint64_t extent(struct net_region *r, uint64_t page) {
-    uint64_t most = STAGE_PAGES, nr = 1;
+    uint64_t most = FETCH_PAGES, nr = 1;
     if (!r->whole) {
         r->window = page == r->next_page && r->window ? 2 * r->window : 1;
         if (r->window > most)
             r->window = most;
         most = r->window;
     }
-    while (nr < most && page + nr < r->nr_pages && !is_present(r, page + nr))
+    while (nr < most && page + nr < r->run.nr_pages && !is_present(r, page + nr))
         nr++;
     return nr;
 }
@@ -202,7 +222,11 @@ static uint64_t extent(struct net_region *r, uint64_t page) {
 static void missing(struct net_pager *p, struct net_region *r, uint64_t page, bool store) {
     const uint64_t until_ns = net_pager_now() + p->deadline_ns;
     const char *why = "";
-    if (r->failed || is_present(r, page)) {
+    if (is_present(r, page)) {
+        map_again(p, r, page);
+        return;
+    }
+    if (r->failed) {
         wake(p, r, page, 1);
         return;
     }
@@ -211,7 +235,7 @@ static void missing(struct net_pager *p, struct net_region *r, uint64_t page, bo
         (void)protect(p, r, false);
     }
     r->busy = true;
-    for (uint64_t at = page; r->nr_present < r->nr_pages;) {
+    for (uint64_t at = page; r->nr_present < r->run.nr_pages;) {
         uint64_t nr = extent(r, at);
         if (fetch(p, r, at, nr, until_ns, &why)) {
             give_up(p, r, why);
@@ -221,9 +245,9 @@ static void missing(struct net_pager *p, struct net_region *r, uint64_t page, bo
         r->next_page = at;
         if (!r->whole)
             break;
-        for (uint64_t i = 0; i < r->nr_pages && is_present(r, at % r->nr_pages); i++)
+        for (uint64_t i = 0; i < r->run.nr_pages && is_present(r, at % r->run.nr_pages); i++)
             at++;
-        at %= r->nr_pages;
+        at %= r->run.nr_pages;
     }
     r->busy = false;
     pthread_cond_broadcast(&p->idle);
@@ -242,7 +266,8 @@ static void serve(struct net_pager *p, const struct uffd_msg *m) {
         (void)protect(p, r, false); /* wakes */
     } else if (r) {
         p->stats.nr_faults++;
-        missing(p, r, (address - (uint64_t)r->base) / NET_PAGE, flags & UFFD_PAGEFAULT_FLAG_WRITE);
+        missing(p, r, (address - (uint64_t)r->run.front) / NET_PAGE,
+                flags & UFFD_PAGEFAULT_FLAG_WRITE);
     } else { /* it was just removed */
         struct uffdio_range range = {address & ~(uint64_t)(NET_PAGE - 1), NET_PAGE};
         (void)ioctl(p->uffd, UFFDIO_WAKE, &range);
@@ -270,15 +295,17 @@ static void *run(void *arg) {
 
 int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present) {
     struct uffdio_register reg = {
-        .range = {(uint64_t)r->base, r->nr_pages * NET_PAGE},
-        .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
+        .range = {(uint64_t)r->run.front, r->run.nr_pages * NET_PAGE},
+        .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP | REGISTER_MODE_MINOR,
     };
     int status = 0;
-    if (!(r->present = calloc((r->nr_pages + 7) / 8, 1)))
+    if (!(r->present = calloc((r->run.nr_pages + 7) / 8, 1)))
         return ENOMEM;
     if (all_present) {
-        memset(r->present, 0xff, (r->nr_pages + 7) / 8);
-        r->nr_present = r->nr_pages;
+        memset(r->present, 0xff, (r->run.nr_pages + 7) / 8);
+        r->nr_present = r->run.nr_pages;
+    } else {
+        net_arena_hide(&r->run);
     }
     pthread_mutex_lock(&p->lock);
     if (p->nr_regions == p->capacity) {
@@ -295,7 +322,7 @@ int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present) {
         status = errno;
     if (!status) {
         uint32_t at = p->nr_regions++;
-        for (; at && p->regions[at - 1]->base > r->base; at--)
+        for (; at && p->regions[at - 1]->run.front > r->run.front; at--)
             p->regions[at] = p->regions[at - 1];
         p->regions[at] = r;
     }
@@ -308,6 +335,7 @@ int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present) {
 }
 
 void net_pager_remove(struct net_pager *p, struct net_region *r) {
+    struct uffdio_range range = {(uint64_t)r->run.front, r->run.nr_pages * NET_PAGE};
     pthread_mutex_lock(&p->lock);
     while (r->busy)
         pthread_cond_wait(&p->idle, &p->lock);
@@ -318,6 +346,7 @@ void net_pager_remove(struct net_pager *p, struct net_region *r) {
             break;
         }
     }
+    (void)ioctl(p->uffd, UFFDIO_UNREGISTER, &range); /* which lifts protections */
     pthread_mutex_unlock(&p->lock);
     free(r->present);
     r->present = NULL;
@@ -334,16 +363,18 @@ int net_pager_protect(struct net_pager *p, struct net_region *r) {
 }
 
 int net_pager_supply(struct net_pager *p, struct net_region *r, const char *bytes) {
-    char tail[NET_PAGE] = {0};
-    uint64_t whole = r->length / NET_PAGE;
+    const uint64_t end = r->run.nr_pages * NET_PAGE;
     pthread_mutex_lock(&p->lock);
     while (r->busy)
         pthread_cond_wait(&p->idle, &p->lock);
-    int status = install(p, r, 0, whole, bytes);
-    if (!status && whole < r->nr_pages) {
-        memcpy(tail, bytes + whole * NET_PAGE, r->length - whole * NET_PAGE);
-        status = install(p, r, whole, 1, tail);
+    for (uint64_t page = 0; page < r->run.nr_pages; page++) {
+        uint64_t at = page * NET_PAGE, n = r->length - at < NET_PAGE ? r->length - at : NET_PAGE;
+        if (!is_present(r, page))
+            memcpy(r->run.back + at, bytes + at, n);
     }
+    if (!is_present(r, r->run.nr_pages - 1))
+        memset(r->run.back + r->length, 0, end - r->length);
+    int status = map_pages(p, r, 0, r->run.nr_pages);
     pthread_mutex_unlock(&p->lock);
     return status;
 }
@@ -369,6 +400,8 @@ int net_pager_route(struct net_pager *p, const struct sockaddr *address, socklen
 
 bool net_pager_poisons(const struct net_pager *p) { return p->poisons; }
 
+void net_pager_never_protect(struct net_pager *p) { p->protects = false; }
+
 /* ---------------------------------------------------------------- beginning and end */
 
 static int open_uffd(void) {
@@ -388,8 +421,9 @@ static int open_uffd(void) {
 
 /* A handshake is for life, so whether the kernel can poison is asked of a descriptor of its own. */
 static int handshake(struct net_pager *p) {
-    const uint64_t wanted[] = {UFFD_FEATURE_PAGEFAULT_FLAG_WP | FEATURE_POISON,
-                               UFFD_FEATURE_PAGEFAULT_FLAG_WP};
+    const uint64_t must = UFFD_FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_SHMEM |
+                          UFFD_FEATURE_PAGEFAULT_FLAG_WP;
+    const uint64_t wanted[] = {must | FEATURE_POISON, must};
     for (int i = 0; i < 2; i++) {
         struct uffdio_api api = {.api = UFFD_API, .features = wanted[i]};
         if ((p->uffd = open_uffd()) < 0)
@@ -411,12 +445,13 @@ struct net_pager *net_pager_new(uint64_t deadline_ns) {
     p->owner = getpid();
     p->deadline_ns = deadline_ns;
     p->uffd = p->wake = -1;
+    p->protects = true;
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->idle, NULL);
     int status = handshake(p);
     if (!status && (p->wake = eventfd(0, EFD_CLOEXEC)) < 0)
         status = errno;
-    if (!status && (!(p->stage = net_pager_map(STAGE_PAGES)) || !(p->routes = net_routes_new())))
+    if (!status && !(p->routes = net_routes_new()))
         status = ENOMEM;
     if (!status) {
         sigset_t all, before;
@@ -444,8 +479,6 @@ void net_pager_free(struct net_pager *p) {
         close(p->uffd);
     if (p->wake >= 0)
         close(p->wake);
-    if (p->stage)
-        net_pager_unmap(p->stage, STAGE_PAGES);
     net_routes_free(p->routes);
     free(p->regions);
     free(p);

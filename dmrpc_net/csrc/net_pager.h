@@ -1,10 +1,12 @@
 /*
  * net_pager.h - memory whose bytes lie at a server until somebody looks: page faults become requests.
  *
- * A region is private anonymous memory, registered with userfaultfd. A page of it that is missing comes from the Ref that the
+ * A region is a run of an arena, registered with userfaultfd. A page of it that is missing comes from the Ref that the
  * region shows (or is zero, if it shows none), by a thread of the pager: the whole region at the first fault, or the pages
- * around the fault. Pages come write-protected; the first store to any of them makes the region dirty, and lifts the
- * protection from all of it. A region that is complete or not, but not dirty, therefore has the Ref's bytes.
+ * around the fault. They are received at the back of the arena, and then the front is made to show them. Pages come
+ * write-protected; the first store to any of them makes the region dirty, and lifts the protection from all of it. A region that
+ * is complete or not, but not dirty, therefore has the Ref's bytes. (Kernels before 6.4 cannot show a page and protect it in one
+ * step: there a region is dirty from its first page on.)
  *
  * Rules:
  * - The thread that faults may hold the GIL, or a lock of a client's link. The pager takes neither: it has sockets of its
@@ -20,15 +22,14 @@
 #include <stdint.h>
 #include <sys/socket.h>
 
+#include "net_arena.h"
 #include "net_wire.h"
-
-#define NET_PAGE 4096u /* of this machine */
 
 struct net_pager;
 
 struct net_region {
-    char *base;
-    uint64_t nr_pages, length;
+    struct net_run run;
+    uint64_t length;
     uint64_t key; /* 0: missing pages are zeros */
     uint16_t server, shard;
     bool whole; /* fetch all at the first fault */
@@ -61,15 +62,14 @@ struct net_pager *net_pager_new(uint64_t deadline_ns);
 void net_pager_free(struct net_pager *p);
 bool net_pager_poisons(const struct net_pager *p);
 
+/* Do without what kernels before 6.4 lack, before anything is added. */
+void net_pager_never_protect(struct net_pager *p);
+
 /* Say how a shard is reached. Copies all. */
 int net_pager_route(struct net_pager *p, const struct sockaddr *address, socklen_t length,
                     const struct net_hello *hello, uint16_t server);
 
-/* Memory for a region: private, zero, not inherited by forked children. NULL: there is none. */
-char *net_pager_map(uint64_t nr_pages);
-void net_pager_unmap(char *base, uint64_t nr_pages);
-
-/* Watch r->base. With all_present its pages are as they should be, and only stores are watched for. 0 or an errno. */
+/* Watch r->run. With all_present its pages are as they should be, and only stores are watched for. 0 or an errno. */
 int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present);
 void net_pager_remove(struct net_pager *p, struct net_region *r);
 

@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 
 #include "recover.h"
@@ -42,7 +43,7 @@ static struct { /* in memory of all processes; every word is atomic */
 } *shared;
 
 static pid_t pids[NR_HOSTS + 1];
-static uint64_t nr_leaks, nr_recoveries_killed, nr_intents[DM_INTENT_RETURN + 1];
+static uint64_t nr_leaks, nr_recoveries_killed, nr_intents[DM_INTENT_HOME + 1];
 
 static uint64_t load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 static uint32_t load32(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -100,8 +101,10 @@ static void start(uint16_t id) {
     fflush(NULL);
     pids[id] = fork();
     EXPECT(pids[id] >= 0);
-    if (pids[id] == 0)
+    if (pids[id] == 0) {
+        (void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* a failure leaves nobody behind */
         live(id, seed);
+    }
 }
 
 static void expect_alive(uint16_t id) {
@@ -247,7 +250,7 @@ static void hosts_survive_the_death_of_others(void) {
            (unsigned long long)won[TRAFFIC_MAP], (unsigned long long)shared->traffic.nr_lost);
     printf("%u deaths, %llu interrupted recoveries, %llu frames leaked; intents at death:",
            nr_deaths, (unsigned long long)nr_recoveries_killed, (unsigned long long)nr_leaks);
-    for (int op = 0; op <= DM_INTENT_RETURN; op++)
+    for (int op = 0; op <= DM_INTENT_HOME; op++)
         printf(" %llu", (unsigned long long)nr_intents[op]);
     printf("\n");
 }

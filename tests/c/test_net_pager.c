@@ -9,6 +9,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "check.h"
 #include "memory.h"
@@ -20,6 +21,7 @@
 #define SECOND 1000000000ull
 
 static struct net_pager *pager;
+static struct net_arena *arena;
 static struct process client, reader;
 static uint8_t bytes[BYTES];
 
@@ -32,6 +34,7 @@ static void open_pager(uint64_t deadline_ns) {
         printf("userfaultfd is not allowed here: %s\n", strerror(errno));
         _exit(77);
     }
+    EXPECT(arena = net_arena_new());
     for (uint16_t shard = 0; shard < SHARDS; shard++) {
         struct net_hello h = {.magic = NET_MAGIC,
                               .version = NET_VERSION,
@@ -48,6 +51,7 @@ static void open_pager(uint64_t deadline_ns) {
 
 static void close_pager(void) {
     net_pager_free(pager);
+    net_arena_free(arena);
     memory_leave(&reader);
     memory_leave(&client);
     memory_expect_all_free();
@@ -70,19 +74,14 @@ static void drop(uint32_t shard, uint64_t key) {
 }
 
 static void show(struct net_region *r, uint16_t shard, uint64_t key, bool whole) {
-    *r = (struct net_region){.base = net_pager_map(PAGES),
-                             .nr_pages = PAGES,
-                             .length = BYTES,
-                             .key = key,
-                             .shard = shard,
-                             .whole = whole};
-    EXPECT(r->base);
+    *r = (struct net_region){.length = BYTES, .key = key, .shard = shard, .whole = whole};
+    EXPECT(net_arena_take(arena, PAGES, false, &r->run));
     EXPECT_EQ(net_pager_add(pager, r, false), 0);
 }
 
 static void hide(struct net_region *r) {
     net_pager_remove(pager, r);
-    net_pager_unmap(r->base, r->nr_pages);
+    net_arena_give(arena, &r->run, net_region_failed(r));
 }
 
 static uint64_t present(struct net_region *r) {
@@ -101,13 +100,13 @@ static void pages_come_when_they_are_touched(void) {
         show(&r, shard, key, false);
         for (int i = 0; i < 200; i++) {
             uint32_t at = rng_below(&draw, BYTES);
-            EXPECT_EQ((uint8_t)r.base[at], bytes[at]);
+            EXPECT_EQ((uint8_t)r.run.front[at], bytes[at]);
             if (i == 0)
                 EXPECT_EQ(present(&r), 1);
         }
-        EXPECT(!memcmp(r.base, bytes, BYTES));
+        EXPECT(!memcmp(r.run.front, bytes, BYTES));
         for (uint32_t at = BYTES; at < PAGES * PAGE; at++)
-            EXPECT_EQ(r.base[at], 0);
+            EXPECT_EQ(r.run.front[at], 0);
         EXPECT_EQ(present(&r), PAGES);
         EXPECT(!net_region_dirty(&r));
         hide(&r);
@@ -122,9 +121,9 @@ static void the_first_touch_brings_all_of_a_whole_region(void) {
     open_pager(10 * SECOND);
     uint64_t key = put(0, 5);
     show(&r, 0, key, true);
-    EXPECT_EQ((uint8_t)r.base[20 * PAGE], bytes[20 * PAGE]);
+    EXPECT_EQ((uint8_t)r.run.front[20 * PAGE], bytes[20 * PAGE]);
     EXPECT_EQ(present(&r), PAGES);
-    EXPECT(!memcmp(r.base, bytes, BYTES));
+    EXPECT(!memcmp(r.run.front, bytes, BYTES));
     net_pager_stats(pager, &s);
     EXPECT_EQ(s.nr_faults, 1);
     EXPECT_EQ(s.bytes_fetched, BYTES);
@@ -138,21 +137,124 @@ static void a_store_is_private_and_is_noticed(void) {
     open_pager(10 * SECOND);
     uint64_t key = put(0, 6);
     show(&r, 0, key, true);
-    EXPECT_EQ((uint8_t)r.base[0], bytes[0]);
+    EXPECT_EQ((uint8_t)r.run.front[0], bytes[0]);
     net_pager_settle(pager, &r);
     EXPECT(!net_region_dirty(&r));
-    r.base[3 * PAGE] ^= 0x55;
+    r.run.front[3 * PAGE] ^= 0x55;
     net_pager_settle(pager, &r);
     EXPECT(net_region_dirty(&r));
-    EXPECT_EQ((uint8_t)r.base[3 * PAGE], bytes[3 * PAGE] ^ 0x55);
+    EXPECT_EQ((uint8_t)r.run.front[3 * PAGE], bytes[3 * PAGE] ^ 0x55);
     show(&again, 0, key, false);
-    EXPECT(!memcmp(again.base, bytes, BYTES));
+    EXPECT(!memcmp(again.run.front, bytes, BYTES));
     EXPECT_EQ(net_pager_protect(pager, &r), 0); /* as when its bytes have been sent anew */
     EXPECT(!net_region_dirty(&r));
-    r.base[5] ^= 1;
+    r.run.front[5] ^= 1;
     net_pager_settle(pager, &r);
     EXPECT(net_region_dirty(&r));
     hide(&again);
+    hide(&r);
+    drop(0, key);
+    close_pager();
+}
+
+static void bytes_that_were_supplied_do_not_hide_stores_and_are_not_fetched(void) {
+    struct net_region r;
+    struct net_pager_stats s;
+    open_pager(10 * SECOND);
+    uint64_t key = put(0, 9);
+    show(&r, 0, key, false);
+    r.run.front[20 * PAGE] ^= 0x55;
+    EXPECT_EQ(net_pager_supply(pager, &r, (char *)bytes), 0);
+    bytes[20 * PAGE] ^= 0x55;
+    EXPECT(!memcmp(r.run.front, bytes, BYTES));
+    for (uint32_t at = BYTES; at < PAGES * PAGE; at++)
+        EXPECT_EQ(r.run.front[at], 0);
+    net_pager_stats(pager, &s);
+    EXPECT_EQ(s.bytes_fetched, PAGE);
+    EXPECT(net_region_dirty(&r));
+    hide(&r);
+    drop(0, key);
+    close_pager();
+}
+
+/* Memory is used again: with what others left in it, at the front and at the back. */
+static void regions_that_follow_each_other_at_one_place_have_their_own_bytes(void) {
+    struct net_region r;
+    struct rng draw = rng_start();
+    char *place = NULL;
+    open_pager(10 * SECOND);
+    for (int round = 0; round < 40; round++) {
+        uint64_t key = put(round % SHARDS, 300 + (uint64_t)round);
+        show(&r, round % SHARDS, key, rng_below(&draw, 2));
+        EXPECT(!place || r.run.front == place);
+        place = r.run.front;
+        for (int i = 0; i < 20; i++) {
+            uint32_t at = rng_below(&draw, BYTES);
+            EXPECT_EQ((uint8_t)r.run.front[at], bytes[at]);
+            EXPECT(!net_region_dirty(&r));
+        }
+        if (rng_below(&draw, 2)) {
+            uint32_t at = rng_below(&draw, BYTES);
+            r.run.front[at] = (char)~bytes[at];
+            net_pager_settle(pager, &r);
+            EXPECT(net_region_dirty(&r));
+        }
+        hide(&r);
+        drop(round % SHARDS, key);
+        if (rng_below(&draw, 2)) { /* and somebody uses it without a pager */
+            struct net_run run;
+            EXPECT(net_arena_take(arena, PAGES - 1, true, &run));
+            EXPECT(run.front == place);
+            for (uint32_t at = 0; at < (PAGES - 1) * PAGE; at += 64)
+                EXPECT_EQ(run.front[at], 0);
+            memset(run.front, 0xaa, (PAGES - 1) * PAGE);
+            net_arena_give(arena, &run, false);
+        }
+    }
+    close_pager();
+}
+
+/* What was never touched at the front, or is taken from it, comes back from the back; its stores are noticed. */
+static void pages_that_the_front_has_lost_sight_of_come_back(void) {
+    struct net_region r = {.length = BYTES};
+    struct net_pager_stats s;
+    open_pager(10 * SECOND);
+    EXPECT(net_arena_take(arena, PAGES, true, &r.run));
+    memset(r.run.front, 7, 5 * PAGE);
+    EXPECT_EQ(net_pager_add(pager, &r, true), 0);
+    EXPECT_EQ(net_pager_protect(pager, &r), 0);
+    EXPECT_EQ(madvise(r.run.front, 3 * PAGE, MADV_DONTNEED), 0);
+    for (uint32_t at = 0; at < PAGES * PAGE; at += PAGE)
+        EXPECT_EQ(r.run.front[at], at < 5 * PAGE ? 7 : 0);
+    net_pager_settle(pager, &r);
+    EXPECT(!net_region_dirty(&r));
+    r.run.front[PAGE] = 8;
+    net_pager_settle(pager, &r);
+    EXPECT(net_region_dirty(&r));
+    r.run.front[30 * PAGE] = 9;
+    EXPECT_EQ(r.run.front[PAGE] + r.run.front[30 * PAGE], 17);
+    net_pager_stats(pager, &s);
+    EXPECT_EQ(s.nr_requests, 0);
+    hide(&r);
+    close_pager();
+}
+
+static void where_pages_cannot_come_protected_they_count_as_changed(void) {
+    struct net_region r;
+    open_pager(10 * SECOND);
+    net_pager_never_protect(pager);
+    uint64_t key = put(0, 10);
+    show(&r, 0, key, true);
+    EXPECT(!net_region_dirty(&r)); /* there is nothing to change yet */
+    EXPECT(!memcmp(r.run.front, bytes, BYTES));
+    EXPECT(net_region_dirty(&r));
+    r.run.front[3] ^= 1;
+    EXPECT_EQ((uint8_t)r.run.front[3], bytes[3] ^ 1);
+    EXPECT_EQ(net_pager_protect(pager, &r), 0); /* as when its bytes have been sent anew */
+    EXPECT(!net_region_dirty(&r));
+    r.run.front[5] ^= 1;
+    net_pager_settle(pager, &r);
+    EXPECT(net_region_dirty(&r));
     hide(&r);
     drop(0, key);
     close_pager();
@@ -163,8 +265,8 @@ static void what_shows_nothing_is_zeros(void) {
     open_pager(10 * SECOND);
     show(&r, 0, 0, false);
     for (uint32_t at = 0; at < PAGES * PAGE; at += 511)
-        EXPECT_EQ(r.base[at], 0);
-    r.base[7] = 1;
+        EXPECT_EQ(r.run.front[at], 0);
+    r.run.front[7] = 1;
     net_pager_settle(pager, &r);
     EXPECT(net_region_dirty(&r));
     hide(&r);
@@ -179,7 +281,7 @@ static void *toucher(void *arg) {
     struct rng draw = {(uintptr_t)arg + 1};
     for (int i = 0; i < 400; i++) {
         uint32_t which = rng_below(&draw, 3), at = rng_below(&draw, BYTES);
-        EXPECT_EQ((uint8_t)regions[which].base[at], expected[which][at]);
+        EXPECT_EQ((uint8_t)regions[which].run.front[at], expected[which][at]);
     }
     atomic_fetch_sub(&running, 1);
     return NULL;
@@ -201,7 +303,7 @@ static void threads_that_touch_the_same_pages_find_the_same_bytes(void) {
         while (atomic_load(&running)) { /* others come and go meanwhile */
             struct net_region r;
             show(&r, 0, keys[0], true);
-            EXPECT_EQ((uint8_t)r.base[PAGE], expected[0][PAGE]);
+            EXPECT_EQ((uint8_t)r.run.front[PAGE], expected[0][PAGE]);
             hide(&r);
         }
         for (int i = 0; i < THREADS; i++)
@@ -233,23 +335,30 @@ static void bytes_that_cannot_be_had_end_who_touches_them_and_others_stay(void) 
     }
     uint64_t key = put(0, 8);
     show(&r, 0, key, false);
-    EXPECT_EQ((uint8_t)r.base[0], bytes[0]);
+    EXPECT_EQ((uint8_t)r.run.front[0], bytes[0]);
     drop(0, key); /* while it is shown: the Ref is gone, as after its server has died */
     EXPECT_EQ(sigaction(SIGBUS, &on_bus, &before), 0);
     volatile bool ended = true;
     if (!sigsetjmp(back, 1)) {
-        volatile char c = r.base[30 * PAGE];
+        volatile char c = r.run.front[30 * PAGE];
         (void)c;
         ended = false;
     }
     EXPECT_EQ(sigaction(SIGBUS, &before, NULL), 0);
     EXPECT(ended);
-    EXPECT_EQ((uint8_t)r.base[0], bytes[0]);
+    EXPECT_EQ((uint8_t)r.run.front[0], bytes[0]);
     net_pager_settle(pager, &r);
     EXPECT(net_region_failed(&r));
     net_pager_stats(pager, &s);
     EXPECT_EQ(s.nr_failed, 1);
+    char *place = r.run.front;
     hide(&r);
+    key = put(1, 11); /* its memory is as good as any */
+    show(&r, 1, key, true);
+    EXPECT(r.run.front == place);
+    EXPECT(!memcmp(r.run.front, bytes, BYTES));
+    hide(&r);
+    drop(1, key);
     close_pager();
 }
 
@@ -258,6 +367,10 @@ int main(void) {
     HOLDS(pages_come_when_they_are_touched);
     HOLDS(the_first_touch_brings_all_of_a_whole_region);
     HOLDS(a_store_is_private_and_is_noticed);
+    HOLDS(bytes_that_were_supplied_do_not_hide_stores_and_are_not_fetched);
+    HOLDS(regions_that_follow_each_other_at_one_place_have_their_own_bytes);
+    HOLDS(pages_that_the_front_has_lost_sight_of_come_back);
+    HOLDS(where_pages_cannot_come_protected_they_count_as_changed);
     HOLDS(what_shows_nothing_is_zeros);
     HOLDS(threads_that_touch_the_same_pages_find_the_same_bytes);
     HOLDS(bytes_that_cannot_be_had_end_who_touches_them_and_others_stay);

@@ -122,6 +122,24 @@ def test_now_is_when_the_message_is_read(group: Group) -> None:
     assert (buffer.numpy() == source).all()
 
 
+def test_memory_that_is_used_again_is_zeros_where_that_was_promised(group: Group) -> None:
+    memory = group.memory()
+    with memory.buffer(LENGTH) as buffer:
+        where = buffer.address
+        buffer.numpy()[:] = 7
+    assert memory.stats()["bytes_kept"] >= LENGTH
+    shown = memory.view(sent(memory, numbers()))  # which is kept as well, once it is freed
+    assert shown.address == where
+    assert shown.numpy()[-1] == numbers()[-1]
+    shown.free()
+    with memory.buffer(LENGTH - PAGE) as buffer:
+        assert buffer.address == where
+        assert not buffer.numpy().any()
+    with memory.buffer(LENGTH, zero=False) as buffer:
+        assert buffer.address == where
+        assert not memory.stats()["bytes_kept"]
+
+
 @pytest.mark.parametrize("length", [1, PAGE - 1, PAGE, PAGE + 1, 256 * PAGE, 256 * PAGE + 1])
 @pytest.mark.parametrize("fetch", ["whole", "touched", "now"])
 def test_every_length_arrives_and_ends_in_zeros(group: Group, length: int, fetch: Fetch) -> None:
