@@ -107,21 +107,29 @@ bool net_link_post(struct net_link *l, const struct net_request *q) {
     return room;
 }
 
-/* Wait for the socket with the lock let go. Returns what poll does. */
+/*
+ * Signals are for the main thread, which may be asleep here: it wakes up now and then. One that came right before it fell asleep
+ * does not wake it.
+ */
+#define LOOK_AROUND_MS 100
+
+/* Wait for the socket with the lock let go: what poll says of it. 0: nothing yet; NET_INTERRUPTED: a signal, perhaps. */
 static int poll_unlocked(struct net_link *l, short events, uint64_t deadline_ns, int longest_ms) {
     struct pollfd p = {.fd = l->fd, .events = events};
     int ms = longest_ms;
     if (deadline_ns) {
         uint64_t now = now_ns();
         uint64_t left = now < deadline_ns ? (deadline_ns - now + 999999) / 1000000 : 0;
-        if (ms < 0 || left < (uint64_t)ms)
-            ms = left > 1000000000 ? 1000000000 : (int)left;
+        if (left < (uint64_t)ms)
+            ms = (int)left;
     }
     pthread_mutex_unlock(&l->lock);
     int n = poll(&p, 1, ms);
     int error = errno;
     pthread_mutex_lock(&l->lock);
     l->nr_system_calls++;
+    if (n == 0 && ms == LOOK_AROUND_MS)
+        return NET_INTERRUPTED;
     return n < 0 ? (error == EINTR ? NET_INTERRUPTED : 0) : n ? p.revents : 0;
 }
 
@@ -147,7 +155,8 @@ static int step(struct net_link *l, uint64_t deadline_ns) {
         return blocked;
     if (!l->reading) {
         l->reading = true;
-        int got = poll_unlocked(l, (short)(POLLIN | (blocked ? POLLOUT : 0)), deadline_ns, -1);
+        int got = poll_unlocked(l, (short)(POLLIN | (blocked ? POLLOUT : 0)), deadline_ns,
+                                LOOK_AROUND_MS);
         l->reading = false;
         if (got > 0 && (got & (POLLIN | POLLHUP | POLLERR)) && !state(l))
             status = net_link_receive(l);
@@ -163,8 +172,7 @@ static int step(struct net_link *l, uint64_t deadline_ns) {
             pthread_cond_broadcast(&l->changed);
         return got == NET_INTERRUPTED ? got : 0;
     }
-    /* Signals are for the main thread, which may be asleep here: wake up now and then. */
-    uint64_t soon = now_ns() + 100000000u;
+    uint64_t soon = now_ns() + LOOK_AROUND_MS * 1000000ull;
     sleep_until_changed(l, deadline_ns && deadline_ns < soon ? deadline_ns : soon);
     return now_ns() >= soon ? NET_INTERRUPTED : 0;
 }
