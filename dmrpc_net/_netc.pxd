@@ -320,7 +320,7 @@ cdef extern from "net_pager.h" nogil:
     bint net_pager_poisons(const net_pager *p)
     int net_pager_route(net_pager *p, const sockaddr *address, socklen_t length, const net_hello *hello, uint16_t server)
     int net_pager_add(net_pager *p, net_region *r, bint all_present)
-    void net_pager_remove(net_pager *p, net_region *r)
+    bint net_pager_remove(net_pager *p, net_region *r)
     int net_pager_protect(net_pager *p, net_region *r)
     int net_pager_supply(net_pager *p, net_region *r, const char *bytes)
     void net_pager_settle(net_pager *p, net_region *r)

@@ -73,6 +73,7 @@ cdef class Pager:
         }
 
 
+@cython.no_gc_clear  # __dealloc__ needs host, arena and pager
 cdef class Buffer:
     """Private memory of this process, as long as a range of a memory server: what its Memory makes. Writable.
 
@@ -111,12 +112,13 @@ cdef class Buffer:
         self.unmap()
 
     cdef void unmap(self) noexcept:
-        if self.region.run.front == NULL or self.host is None or self.host.owner != getpid():
+        if self.region.run.front == NULL or self.arena.owner != getpid():  # host may have been cleared already
             return  # a forked child has no such memory
+        cdef bint plain = True
         if self.watched:
-            net_pager_remove(self.pager.p, &self.region)  # which may wait for a fetch into it
+            plain = net_pager_remove(self.pager.p, &self.region)  # which may wait for a fetch into it
             self.watched = False
-        net_arena_give(self.arena.a, &self.region.run, net_region_failed(&self.region))
+        net_arena_give(self.arena.a, &self.region.run, not plain or net_region_failed(&self.region))
         self.region.run.front = NULL
 
     def show(self, Pager pager not None, Ref ref not None, *, bint whole, bint all_present=False):
@@ -171,9 +173,9 @@ cdef class Buffer:
     def retire(self):
         """Let go of the memory as soon as the last view has; for who moves it."""
         self.live = False
-        self.ref = None
         if self.exports == 0:
-            self.unmap()
+            self.unmap()  # first: a fetch that is under way needs the Ref
+        self.ref = None
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         if self.host is not None and self.host.owner != getpid():

@@ -9,16 +9,17 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define MOST_BYTES (1ull << 40)
-#define LEAST_BYTES (1ull << 26)
+#define LEAST_BYTES (1ull << 24)
 #define CLASSES 32u
+#define NOEXEC_SEAL 8u /* vm.memfd_noexec may insist on it */
 #define MAX_KEPT 256u
 
 struct kept {
@@ -37,7 +38,7 @@ struct net_arena {
     char *front, *back;
     uint64_t nr_pages, next_page; /* from next_page on nothing was ever used */
     uint64_t kept_pages;
-    uint32_t nr_kept;
+    uint32_t nr_kept, nr_in_use;
     struct kept kept[MAX_KEPT];
     struct places places[CLASSES];
 };
@@ -47,6 +48,7 @@ static char *map(int fd, uint64_t bytes) {
     if (base == MAP_FAILED)
         return NULL;
     (void)madvise(base, bytes, MADV_DONTFORK);
+    (void)madvise(base, bytes, MADV_DONTDUMP); /* a dump would fill all of the file */
     return base;
 }
 
@@ -59,9 +61,21 @@ static bool map_both(struct net_arena *a, uint64_t bytes) {
         (void)munmap(a->front, bytes);
         return false;
     }
-    (void)madvise(a->back, bytes, MADV_DONTDUMP);
     a->nr_pages = bytes / NET_PAGE;
     return true;
+}
+
+/* Four times the machine's memory, for powers of two and what is not touched; of few addresses a quarter. */
+static uint64_t wanted(void) {
+    uint64_t bytes = MOST_BYTES, memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * NET_PAGE;
+    struct rlimit addresses;
+    while (bytes / 2 >= 4 * memory && bytes > LEAST_BYTES)
+        bytes /= 2;
+    if (getrlimit(RLIMIT_AS, &addresses) == 0 && addresses.rlim_cur != RLIM_INFINITY) {
+        while (2 * bytes > addresses.rlim_cur / 4 && bytes > LEAST_BYTES)
+            bytes /= 2;
+    }
+    return bytes;
 }
 
 struct net_arena *net_arena_new(void) {
@@ -69,12 +83,17 @@ struct net_arena *net_arena_new(void) {
     if (!a)
         return NULL;
     pthread_mutex_init(&a->lock, NULL);
-    a->fd = memfd_create("dmrpc-buffers", MFD_CLOEXEC);
-    uint64_t bytes = MOST_BYTES; /* as much as ulimit -v, a sanitizer, or the machine leaves */
+    a->fd = memfd_create("dmrpc-buffers", MFD_CLOEXEC | NOEXEC_SEAL);
+    if (a->fd < 0 && errno == EINVAL) /* before Linux 6.3 */
+        a->fd = memfd_create("dmrpc-buffers", MFD_CLOEXEC);
+    uint64_t bytes = wanted(); /* or as much as there is */
     while (a->fd >= 0 && bytes >= LEAST_BYTES && !map_both(a, bytes))
         bytes /= 2;
-    if (a->nr_pages)
+    if (a->nr_pages) { /* forked children would keep what is in it */
+        close(a->fd);
+        a->fd = -1;
         return a;
+    }
     int why = errno;
     net_arena_free(a);
     errno = why;
@@ -121,9 +140,35 @@ static void add_place(struct net_arena *a, uint32_t class, uint64_t page) {
 static void let_go_of_the_oldest(struct net_arena *a) {
     const struct kept oldest = a->kept[0];
     forget(a, 0);
-    if (fallocate(a->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  (off_t)(oldest.page * NET_PAGE), (off_t)(oldest.nr_touched * NET_PAGE)) == 0)
+    if (madvise(a->back + oldest.page * NET_PAGE, oldest.nr_touched * NET_PAGE, MADV_REMOVE) == 0)
         add_place(a, oldest.class, oldest.page);
+    else
+        a->nr_in_use++; /* for ever: its bytes are still there */
+}
+
+/* There is nothing that was never used: cut up a larger place, or begin anew if nothing is in use. */
+static bool take_part(struct net_arena *a, uint32_t class, struct kept *found) {
+    uint32_t larger = class;
+    while (a->nr_kept)
+        let_go_of_the_oldest(a);
+    if (!a->nr_in_use) {
+        for (uint32_t i = 0; i < CLASSES; i++)
+            a->places[i].nr = 0;
+        a->next_page = 0;
+        if (a->nr_pages < 1ull << class)
+            return false;
+        a->next_page = 1ull << class;
+        found->page = 0;
+        return true;
+    }
+    while (larger < CLASSES && !a->places[larger].nr)
+        larger++;
+    if (larger == CLASSES)
+        return false;
+    found->page = a->places[larger].pages[--a->places[larger].nr];
+    while (larger-- > class)
+        add_place(a, larger, found->page + (1ull << larger));
+    return true;
 }
 
 static bool take(struct net_arena *a, uint32_t class, struct kept *found) {
@@ -140,7 +185,7 @@ static bool take(struct net_arena *a, uint32_t class, struct kept *found) {
         return true;
     }
     if (a->nr_pages - a->next_page < 1ull << class)
-        return false;
+        return take_part(a, class, found);
     found->page = a->next_page;
     a->next_page += 1ull << class;
     return true;
@@ -155,6 +200,7 @@ bool net_arena_take(struct net_arena *a, uint64_t nr_pages, bool zero, struct ne
         return false;
     pthread_mutex_lock(&a->lock);
     bool there = take(a, class, &found);
+    a->nr_in_use += there;
     pthread_mutex_unlock(&a->lock);
     if (!there)
         return false;
@@ -171,8 +217,12 @@ bool net_arena_take(struct net_arena *a, uint64_t nr_pages, bool zero, struct ne
     return true;
 }
 
-void net_arena_hide(const struct net_run *run) {
-    (void)madvise(run->front, run->nr_pages * NET_PAGE, MADV_DONTNEED);
+bool net_arena_hide(const struct net_run *run) {
+    const uint64_t bytes = run->nr_pages * NET_PAGE;
+    if (madvise(run->front, bytes, MADV_DONTNEED) == 0)
+        return true;
+    /* somebody locked it */
+    return munlock(run->front, bytes) == 0 && madvise(run->front, bytes, MADV_DONTNEED) == 0;
 }
 
 void net_arena_give(struct net_arena *a, const struct net_run *run, bool broken) {
@@ -183,14 +233,13 @@ void net_arena_give(struct net_arena *a, const struct net_run *run, bool broken)
     };
     if (broken) { /* what makes them so goes with the mapping */
         const uint64_t bytes = run->nr_pages * NET_PAGE;
-        char *anew =
-            mmap(run->front, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
-                 a->fd, (off_t)(back.page * NET_PAGE));
-        if (anew == MAP_FAILED)
+        if (mremap(run->back, 0, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, run->front) == MAP_FAILED) {
+            (void)madvise(run->back, back.nr_touched * NET_PAGE, MADV_REMOVE);
             return; /* never used again */
-        (void)madvise(anew, bytes, MADV_DONTFORK);
+        }
     }
     pthread_mutex_lock(&a->lock);
+    a->nr_in_use--;
     if (a->nr_kept == MAX_KEPT)
         let_go_of_the_oldest(a);
     a->kept[a->nr_kept++] = back;

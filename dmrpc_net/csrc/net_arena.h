@@ -5,7 +5,8 @@
  * them, so nothing is copied in between. What is given back stays for the next, up to NET_ARENA_KEPT bytes: memory that is in
  * the caches, and that the kernel need not find and clear anew.
  *
- * The file is as large as the address space allows; what nobody wrote to takes no memory. Runs come in sizes of powers of two
+ * The file is four times as large as the machine's memory, or what of that the address space allows; what nobody wrote to takes no
+ * memory. Runs come in sizes of powers of two
  * of pages, of which only what is used is ever touched. Forked children have neither mapping.
  */
 #ifndef NET_ARENA_H
@@ -35,8 +36,8 @@ bool net_arena_take(struct net_arena *a, uint64_t nr_pages, bool zero, struct ne
 /* Give back a run that nobody watches. broken: it has pages that cannot be touched. */
 void net_arena_give(struct net_arena *a, const struct net_run *run, bool broken);
 
-/* Unmap a run from the front. Its bytes stay, at the back. */
-void net_arena_hide(const struct net_run *run);
+/* Unmap a run from the front; false: it cannot be. Its bytes stay, at the back. */
+bool net_arena_hide(const struct net_run *run);
 
 uint64_t net_arena_kept(struct net_arena *a); /* bytes */
 

@@ -108,6 +108,7 @@ static int map_one_run(struct net_pager *p, struct net_region *r, uint64_t page,
 
 /* Have the front show pages that it does not, and that are filled at the back. */
 static int map_pages(struct net_pager *p, struct net_region *r, uint64_t page, uint64_t nr) {
+    int again = 0;
     while (nr) {
         uint64_t done, run = 1;
         if (is_present(r, page)) {
@@ -120,8 +121,11 @@ static int map_pages(struct net_pager *p, struct net_region *r, uint64_t page, u
         int failed = map_one_run(p, r, page, run, &done);
         if (failed && failed != EAGAIN && failed != EEXIST && !done)
             return failed;
-        if (failed == EEXIST && !done)
-            done = 1; /* the kernel knows better */
+        if (failed == EEXIST && !done) { /* not what was received, and not protected */
+            (void)madvise(r->run.front + page * NET_PAGE, NET_PAGE, MADV_DONTNEED);
+            if (++again > 100)
+                return failed;
+        }
         for (uint64_t i = 0; i < done; i++)
             set_present(r, page + i);
         if (done) /* who waits finds it counted */
@@ -304,8 +308,6 @@ int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present) {
     if (all_present) {
         memset(r->present, 0xff, (r->run.nr_pages + 7) / 8);
         r->nr_present = r->run.nr_pages;
-    } else {
-        net_arena_hide(&r->run);
     }
     pthread_mutex_lock(&p->lock);
     if (p->nr_regions == p->capacity) {
@@ -320,6 +322,11 @@ int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present) {
     }
     if (!status && ioctl(p->uffd, UFFDIO_REGISTER, &reg))
         status = errno;
+    /* Only now: as long as the run was not registered, a fault of a neighbour's could map its old pages again. */
+    if (!status && !all_present && !net_arena_hide(&r->run))
+        status = errno;
+    if (status)
+        (void)ioctl(p->uffd, UFFDIO_UNREGISTER, &reg.range);
     if (!status) {
         uint32_t at = p->nr_regions++;
         for (; at && p->regions[at - 1]->run.front > r->run.front; at--)
@@ -334,7 +341,7 @@ int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present) {
     return status;
 }
 
-void net_pager_remove(struct net_pager *p, struct net_region *r) {
+bool net_pager_remove(struct net_pager *p, struct net_region *r) {
     struct uffdio_range range = {(uint64_t)r->run.front, r->run.nr_pages * NET_PAGE};
     pthread_mutex_lock(&p->lock);
     while (r->busy)
@@ -346,10 +353,11 @@ void net_pager_remove(struct net_pager *p, struct net_region *r) {
             break;
         }
     }
-    (void)ioctl(p->uffd, UFFDIO_UNREGISTER, &range); /* which lifts protections */
+    bool plain = ioctl(p->uffd, UFFDIO_UNREGISTER, &range) == 0; /* which lifts protections */
     pthread_mutex_unlock(&p->lock);
     free(r->present);
     r->present = NULL;
+    return plain;
 }
 
 int net_pager_protect(struct net_pager *p, struct net_region *r) {

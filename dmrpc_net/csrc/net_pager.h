@@ -71,7 +71,8 @@ int net_pager_route(struct net_pager *p, const struct sockaddr *address, socklen
 
 /* Watch r->run. With all_present its pages are as they should be, and only stores are watched for. 0 or an errno. */
 int net_pager_add(struct net_pager *p, struct net_region *r, bool all_present);
-void net_pager_remove(struct net_pager *p, struct net_region *r);
+/* False: its run is still watched by the kernel, and must not be used again as it is. */
+bool net_pager_remove(struct net_pager *p, struct net_region *r);
 
 /* Show another Ref, whose bytes the region has just been found to hold or is about to be read for; not dirty from now on. */
 int net_pager_protect(struct net_pager *p, struct net_region *r);

@@ -2,6 +2,7 @@
 #include <stdbool.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #include "check.h"
@@ -122,6 +123,74 @@ static void a_forked_child_has_neither_mapping(void) {
     net_arena_give(arena, &again, false);
 }
 
+/* A forked child would keep what is in the file, and a core dump would fill it. */
+static void the_file_is_nobody_elses(void) {
+    char line[400];
+    int nr_fds = 0, nr_mapped = 0, nr_dumped = 0;
+    bool ours = false;
+    for (int fd = 0; fd < 100; fd++) {
+        char path[64];
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        ssize_t n = readlink(path, line, sizeof line - 1);
+        line[n > 0 ? n : 0] = 0;
+        nr_fds += strstr(line, "dmrpc-buffers") != NULL;
+    }
+    EXPECT_EQ(nr_fds, 0);
+    FILE *maps = fopen("/proc/self/smaps", "r");
+    EXPECT(maps);
+    while (fgets(line, sizeof line, maps)) {
+        if (strstr(line, "dmrpc-buffers")) {
+            ours = true;
+            nr_mapped++;
+        } else if (ours && !strncmp(line, "VmFlags:", 8)) {
+            nr_dumped += !strstr(line, " dd") || !strstr(line, " dc");
+            ours = false;
+        }
+    }
+    (void)fclose(maps);
+    EXPECT(nr_mapped >= 2);
+    EXPECT_EQ(nr_dumped, 0);
+}
+
+static void few_addresses_are_shared_and_do_not_fall_to_pieces(void) {
+    if (CHECK_ASAN || CHECK_TSAN) {
+        printf("a sanitizer needs its addresses\n");
+        return;
+    }
+    fflush(NULL);
+    pid_t child = fork();
+    if (!child) {
+        enum { MOST = 8192 };
+        static struct net_run runs[MOST];
+        uint32_t nr = 0;
+        const struct rlimit limit = {1u << 30, 1u << 30};
+        EXPECT_EQ(setrlimit(RLIMIT_AS, &limit), 0);
+        EXPECT(arena = net_arena_new());
+        void *others = malloc(600u << 20); /* more than half is left */
+        EXPECT(others);
+        free(others);
+        while (nr < MOST && net_arena_take(arena, MIB, false, &runs[nr]))
+            nr++;
+        EXPECT(nr >= 16 && nr < MOST);
+        const struct net_run last = runs[nr - 1];
+        for (uint32_t i = 0; i + 1 < nr; i++)
+            net_arena_give(arena, &runs[i], false);
+        for (uint32_t i = 0; i < 1000; i++) /* cut out of the others' places */
+            runs[i] = taken(1 + i % 4, true);
+        for (uint32_t i = 0; i < 1000; i++)
+            net_arena_give(arena, &runs[i], false);
+        net_arena_give(arena, &last, false);
+        struct net_run all = taken((uint64_t)nr / 2 * MIB, true); /* nothing was in use */
+        memset(all.front, 1, MIB * NET_PAGE);
+        net_arena_give(arena, &all, false);
+        net_arena_free(arena);
+        _exit(0);
+    }
+    int status;
+    EXPECT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_EQ(status, 0);
+}
+
 static void runs_in_use_never_share_a_page(void) {
     struct rng draw = rng_start();
     struct net_run runs[RUNS] = {0};
@@ -159,6 +228,8 @@ int main(void) {
     HOLDS(places_are_used_again);
     HOLDS(what_cannot_be_had_is_refused);
     HOLDS(a_forked_child_has_neither_mapping);
+    HOLDS(the_file_is_nobody_elses);
+    HOLDS(few_addresses_are_shared_and_do_not_fall_to_pieces);
     HOLDS(runs_in_use_never_share_a_page);
     net_arena_free(arena);
     return 0;

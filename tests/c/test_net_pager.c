@@ -80,7 +80,8 @@ static void show(struct net_region *r, uint16_t shard, uint64_t key, bool whole)
 }
 
 static void hide(struct net_region *r) {
-    net_pager_remove(pager, r);
+    bool plain = net_pager_remove(pager, r);
+    EXPECT(plain);
     net_arena_give(arena, &r->run, net_region_failed(r));
 }
 
@@ -239,6 +240,101 @@ static void pages_that_the_front_has_lost_sight_of_come_back(void) {
     close_pager();
 }
 
+static _Atomic bool enough;
+
+static void *neighbour(void *arg) {
+    struct net_run *run = arg;
+    while (!enough) {
+        EXPECT_EQ(madvise(run->front, PAGE, MADV_DONTNEED), 0);
+        EXPECT_EQ(run->front[0], 1);
+    }
+    return NULL;
+}
+
+/* The kernel maps pages around a fault, also those that lie there from before. */
+static void faults_next_to_a_region_do_not_show_what_was_there_before(void) {
+    struct net_region r;
+    struct net_run next;
+    pthread_t thread;
+    open_pager(10 * SECOND);
+    uint64_t key = put(0, 12);
+    EXPECT(net_arena_take(arena, 64, true, &next));
+    memset(next.front, 1, 64 * PAGE);
+    enough = false;
+    EXPECT_EQ(pthread_create(&thread, NULL, neighbour, &next), 0);
+    for (int round = 0; round < 1000; round++) {
+        show(&r, 0, key, false);
+        for (uint32_t page = 0; page < 4; page++)
+            EXPECT_EQ((uint8_t)r.run.front[page * PAGE], bytes[page * PAGE]);
+        r.run.front[PAGE] ^= 1;
+        net_pager_settle(pager, &r);
+        EXPECT(net_region_dirty(&r));
+        memset(r.run.front, 0xaa, PAGES * PAGE);
+        hide(&r);
+    }
+    enough = true;
+    pthread_join(thread, NULL);
+    net_arena_give(arena, &next, false);
+    drop(0, key);
+    close_pager();
+}
+
+static void memory_that_somebody_locked_is_as_good_as_any(void) {
+    struct net_region r;
+    struct net_run run;
+    open_pager(10 * SECOND);
+    uint64_t key = put(0, 13);
+    EXPECT(net_arena_take(arena, PAGES, true, &run));
+    memset(run.front, 0xaa, PAGES * PAGE);
+    if (mlock(run.front, PAGES * PAGE))
+        printf("mlock is not allowed here\n");
+    net_arena_give(arena, &run, false);
+    show(&r, 0, key, true);
+    EXPECT(r.run.front == run.front);
+    EXPECT(!memcmp(r.run.front, bytes, BYTES));
+    hide(&r);
+    drop(0, key);
+    close_pager();
+}
+
+/* At vm.max_map_count the kernel cannot cut a region out of its neighbours. Nobody who gets its memory next may hang. */
+static void memory_that_the_kernel_goes_on_watching_is_not_used_again(void) {
+    enum { MANY = 70000 };
+    static struct net_region many[MANY];
+    unsigned most = 0;
+    FILE *limit = fopen("/proc/sys/vm/max_map_count", "r");
+    if (limit) {
+        EXPECT_EQ(fscanf(limit, "%u", &most), 1);
+        (void)fclose(limit);
+    }
+    if (most >= MANY || CHECK_ASAN || CHECK_TSAN) { /* which need mappings themselves */
+        printf("vm.max_map_count is %u: not reached\n", most);
+        return;
+    }
+    open_pager(10 * SECOND);
+    for (uint32_t i = 0; i < MANY; i++) {
+        many[i] = (struct net_region){.length = PAGE};
+        EXPECT(net_arena_take(arena, 1, true, &many[i].run));
+        EXPECT_EQ(net_pager_add(pager, &many[i], false), 0);
+    }
+    uint32_t nr_watched = 0;
+    for (uint32_t i = 0; i < MANY; i += 2) {
+        bool plain = net_pager_remove(pager, &many[i]);
+        nr_watched += !plain;
+        net_arena_give(arena, &many[i].run, !plain);
+    }
+    EXPECT(nr_watched > 0);
+    for (uint32_t i = 0; i < MANY; i += 2) {
+        EXPECT(net_arena_take(arena, 1, true, &many[i].run));
+        memset(many[i].run.front, 1, PAGE);
+    }
+    for (uint32_t i = 0; i < MANY; i += 2)
+        net_arena_give(arena, &many[i].run, false);
+    for (uint32_t i = 1; i < MANY; i += 2)
+        net_arena_give(arena, &many[i].run, !net_pager_remove(pager, &many[i]));
+    close_pager();
+}
+
 static void where_pages_cannot_come_protected_they_count_as_changed(void) {
     struct net_region r;
     open_pager(10 * SECOND);
@@ -370,6 +466,9 @@ int main(void) {
     HOLDS(bytes_that_were_supplied_do_not_hide_stores_and_are_not_fetched);
     HOLDS(regions_that_follow_each_other_at_one_place_have_their_own_bytes);
     HOLDS(pages_that_the_front_has_lost_sight_of_come_back);
+    HOLDS(faults_next_to_a_region_do_not_show_what_was_there_before);
+    HOLDS(memory_that_somebody_locked_is_as_good_as_any);
+    HOLDS(memory_that_the_kernel_goes_on_watching_is_not_used_again);
     HOLDS(where_pages_cannot_come_protected_they_count_as_changed);
     HOLDS(what_shows_nothing_is_zeros);
     HOLDS(threads_that_touch_the_same_pages_find_the_same_bytes);

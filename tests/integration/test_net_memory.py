@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -138,6 +139,27 @@ def test_memory_that_is_used_again_is_zeros_where_that_was_promised(group: Group
     with memory.buffer(LENGTH, zero=False) as buffer:
         assert buffer.address == where
         assert not memory.stats()["bytes_kept"]
+
+
+def test_an_array_may_be_freed_while_the_rest_of_it_is_fetched(group: Group) -> None:
+    memory, source = group.memory(), numbers()
+    for _ in range(30):
+        buffer = memory.view(sent(memory, source))
+        assert buffer.numpy()[-1] == source[-1]  # which comes first
+        buffer.free()
+    assert not memory.stats()["failed"]
+
+
+def test_arrays_in_cycles_are_collected(group: Group) -> None:
+    memory, source = group.memory(), numbers(10 * PAGE)
+    for _ in range(20):
+        cycle: list[Any] = [memory.view(sent(memory, source))]
+        assert cycle[0].numpy()[0] == source[0]
+        cycle.append(cycle)
+        del cycle
+    gc.collect()
+    assert not memory.stats()["regions"]
+    assert (memory.view(sent(memory, source)).numpy() == source).all()
 
 
 @pytest.mark.parametrize("length", [1, PAGE - 1, PAGE, PAGE + 1, 256 * PAGE, 256 * PAGE + 1])
