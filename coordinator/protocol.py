@@ -19,6 +19,7 @@ States of a connection, as both ends see it::
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def _pack(kind: int, status: int, payload: bytes, request: int) -> bytes:
     return HEADER.pack(MAGIC, VERSION, kind, status, len(payload), request) + payload
 
 
-class _Side:
+class _Side(ABC):
     """What both ends have in common: cutting the stream into messages, and the state."""
 
     def __init__(self) -> None:
@@ -200,9 +201,9 @@ class _Side:
             )
         return codec
 
+    @abstractmethod
     def _accept(self, header: Header) -> Codec | None:
         """Check that the message may come now. Returns the codec of its payload."""
-        raise NotImplementedError
 
     def _decode(self, header: Header, codec: Codec | None, payload: bytes) -> Any:
         if codec is None:

@@ -32,8 +32,8 @@ enum dm_frame_limit {
     DM_FRAME_MAX_REFS = 0xffff,
     DM_FRAME_MAX_META = 64 << 10,
     DM_FRAME_MAX_BYTES = 1 << 30,
-    DM_FRAME_BELIEVED = 16
-        << 20, /* a frame's buffer has so much at first, untouched, whatever its sender claims */
+    /* a frame's buffer has so much at first, untouched, whatever its sender claims */
+    DM_FRAME_BELIEVED = 16 << 20,
     DM_FRAME_ALIGNMENT = 64,
 };
 

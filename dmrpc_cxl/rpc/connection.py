@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from abc import ABC, abstractmethod
 from typing import Any
 
 from .._native import crash_point
@@ -29,7 +30,7 @@ from .remote_errors import error_of
 __all__ = ["Connection", "Pending"]
 
 
-class Pending:
+class Pending(ABC):
     """A call without its reply. The class of what waits for it: synchronous and asyncio calls derive from this."""
 
     __slots__ = ("call_id", "deadline", "method", "reader", "refs")
@@ -41,12 +42,12 @@ class Pending:
         self.call_id = 0
         self.refs = b""
 
+    @abstractmethod
     def settle(self, value: Any, error: BaseException | None) -> None:
         """Take the outcome; called once."""
-        raise NotImplementedError
 
 
-class Connection:
+class Connection(ABC):
     """What the two kinds of client share: ids, calls without reply, what happens to a frame that came."""
 
     def __init__(self, host: Attachment, service: str, channel: Channel, welcome: Welcome) -> None:
@@ -141,9 +142,9 @@ class Connection:
             self.send_short(frames.short(Kind.CANCEL, pending.call_id))
         self.settle(pending, None, error)
 
+    @abstractmethod
     def send_short(self, frame: bytes) -> None:
         """Send a frame that is all header."""
-        raise NotImplementedError
 
     def fail(self, error: DmError) -> None:
         """End everything: the connection is of no use any more."""

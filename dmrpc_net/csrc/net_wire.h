@@ -24,8 +24,8 @@
 #define NET_VERSION 1u
 #define NET_SECRET_BYTES 32u
 #define NET_MAX_TRANSFER (1u << 30) /* bytes of one request or answer; clients cut what is longer */
-#define NET_SEND_BUFFER                                                                            \
-    (512u << 10) /* asked of the kernel: docs/decisions/0019-what-sockets-hold.md */
+/* asked of the kernel: docs/decisions/0019-what-sockets-hold.md */
+#define NET_SEND_BUFFER (512u << 10)
 
 /* ---------------------------------------------------------------- addresses
  *

@@ -86,7 +86,7 @@ class Variant(ABC):
 
     def keep(self, handle: int, region: Bytes) -> None:
         """Have pictures mapped for requests to come that name the handle."""
-        raise NotImplementedError(f"{self.name} has no pre-shared mode")
+        raise ValueError(f"{self.name} keeps no pictures for later: send one with each request")
 
     def forget(self, handle: int) -> None:  # noqa: B027 - nothing, unless a variant has something to do
         """Let go of what keep() was given."""

@@ -85,6 +85,12 @@ static void hide(struct net_region *r) {
     net_arena_give(arena, &r->run, net_region_failed(r));
 }
 
+static void expect_whole(const struct net_region *r) {
+    EXPECT(!memcmp(r->run.front, bytes, BYTES));
+    for (uint32_t at = BYTES; at < PAGES * PAGE; at++)
+        EXPECT_EQ(r->run.front[at], 0);
+}
+
 static uint64_t present(struct net_region *r) {
     net_pager_settle(pager, r);
     return net_region_present(r);
@@ -105,9 +111,7 @@ static void pages_come_when_they_are_touched(void) {
             if (i == 0)
                 EXPECT_EQ(present(&r), 1);
         }
-        EXPECT(!memcmp(r.run.front, bytes, BYTES));
-        for (uint32_t at = BYTES; at < PAGES * PAGE; at++)
-            EXPECT_EQ(r.run.front[at], 0);
+        expect_whole(&r);
         EXPECT_EQ(present(&r), PAGES);
         EXPECT(!net_region_dirty(&r));
         hide(&r);
@@ -167,9 +171,7 @@ static void bytes_that_were_supplied_do_not_hide_stores_and_are_not_fetched(void
     r.run.front[20 * PAGE] ^= 0x55;
     EXPECT_EQ(net_pager_supply(pager, &r, (char *)bytes), 0);
     bytes[20 * PAGE] ^= 0x55;
-    EXPECT(!memcmp(r.run.front, bytes, BYTES));
-    for (uint32_t at = BYTES; at < PAGES * PAGE; at++)
-        EXPECT_EQ(r.run.front[at], 0);
+    expect_whole(&r);
     net_pager_stats(pager, &s);
     EXPECT_EQ(s.bytes_fetched, PAGE);
     EXPECT(net_region_dirty(&r));

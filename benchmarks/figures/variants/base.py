@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,9 +36,9 @@ class Variant(ABC):
 class Writing(Variant):
     """A variant that can send a block to somebody who stores to a share of it."""
 
+    @abstractmethod
     def start(self, runner: Runner) -> Parties:
         """Start the processes of this variant, and return who they are."""
-        raise NotImplementedError
 
 
 class Parties:
